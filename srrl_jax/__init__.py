@@ -1,0 +1,1 @@
+"""Self-rewarding, rubric-based reinforcement learning for open-ended reasoning, in JAX."""

@@ -1,0 +1,22 @@
+"""Rubrics: examples and their criteria, the grader's prompt, its verdicts, and the score.
+
+Pure Python, standard library only; nothing here knows about models or JAX.
+"""
+
+from srrl_jax.rubrics.prompts import criterion_prompt, grader_prompt, load_template
+from srrl_jax.rubrics.scoring import score_response
+from srrl_jax.rubrics.types import Criterion, Example, Message
+from srrl_jax.rubrics.verdicts import parse_explanation, parse_verdict, visible_response
+
+__all__ = [
+    "Criterion",
+    "Example",
+    "Message",
+    "criterion_prompt",
+    "grader_prompt",
+    "load_template",
+    "parse_explanation",
+    "parse_verdict",
+    "score_response",
+    "visible_response",
+]

@@ -1,0 +1,73 @@
+"""The grader's prompt: a template split into the text before the criterion and the rest.
+
+All criteria of one response share the first part, so a grader can compute it once. How much that
+is depends on the template: "shared" puts the constant instructions first and only a closing line
+after the criterion; "healthbench" keeps the order of OpenAI simple-evals (conversation, rubric
+item, instructions), where the long instructions come again after every criterion.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from srrl_jax.rubrics.types import Criterion, Message
+
+TEMPLATES = ("shared", "healthbench")
+CONVERSATION, CRITERION = "{conversation}", "{criterion}"
+
+
+def load_template(name_or_path: str) -> str:
+    """Text of the template "shared", "healthbench", or of the text file at this path.
+
+    A template names {conversation} and then {criterion}, each once. The placeholders of simple-evals
+    (<<conversation>>, <<rubric_item>>) are read too, so its GRADER_TEMPLATE works unchanged from a
+    file. Raises ValueError that names the template and the mend.
+    """
+    if name_or_path in TEMPLATES:
+        folder = resources.files("srrl_jax.rubrics") / "templates"
+        text = (folder / f"{name_or_path}.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"cannot read the grader template {name_or_path!r} ({error}): give "
+                f"{' or '.join(TEMPLATES)}, or the path of a UTF-8 text file"
+            ) from error
+    text = text.strip().replace("<<conversation>>", CONVERSATION)
+    text = text.replace("<<rubric_item>>", CRITERION)
+    for placeholder in (CONVERSATION, CRITERION):
+        if text.count(placeholder) != 1:
+            raise ValueError(
+                f"grader template {name_or_path!r} has {text.count(placeholder)} {placeholder}: "
+                "it must have exactly one"
+            )
+    if text.index(CONVERSATION) > text.index(CRITERION):
+        raise ValueError(
+            f"grader template {name_or_path!r}: put {CONVERSATION} before {CRITERION}, so that "
+            "the criteria of one response share a prefix"
+        )
+    return text
+
+
+def grader_prompt(template: str, messages: Sequence[Message], response: str) -> str:
+    """The grader's user message up to the criterion, the same for all criteria of a response.
+
+    `messages` is the conversation and `response` the text that its user would see; it becomes the
+    last turn. Turns read "role: content", joined by a blank line (simple-evals).
+    """
+    turns = [f"{message['role']}: {message['content']}" for message in messages]
+    conversation = "\n\n".join([*turns, f"assistant: {response}"])
+    before_criterion, _, _ = template.partition(CRITERION)
+    return before_criterion.replace(CONVERSATION, conversation)
+
+
+def criterion_prompt(template: str, criterion: Criterion) -> str:
+    """The rest of the grader's user message: "[points] criterion" and what follows it.
+
+    `grader_prompt(...) + criterion_prompt(...)` is the whole message.
+    """
+    points = criterion.points
+    number = int(points) if float(points).is_integer() else points
+    _, _, after_criterion = template.partition(CRITERION)
+    return f"[{number}] {criterion.criterion}{after_criterion}"

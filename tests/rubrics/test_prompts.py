@@ -1,0 +1,116 @@
+import json
+
+import pytest
+
+from srrl_jax.rubrics import (
+    Criterion,
+    Example,
+    criterion_prompt,
+    grader_prompt,
+    load_template,
+)
+
+MESSAGES = (
+    {"role": "user", "content": "What is {x}? Use {criterion} and {conversation}."},
+    {"role": "assistant", "content": "Which one?"},
+    {"role": "user", "content": "The first."},
+)
+RESPONSE = "Take {0} of \\frac{a}{b}, {criterion}, and <<rubric_item>>."
+CONVERSATION = (
+    "user: What is {x}? Use {criterion} and {conversation}.\n\n"
+    "assistant: Which one?\n\n"
+    "user: The first.\n\n"
+    "assistant: Take {0} of \\frac{a}{b}, {criterion}, and <<rubric_item>>."
+)
+
+
+@pytest.mark.parametrize("name", ["shared", "healthbench"])
+def test_prefix_and_suffix_are_the_whole_template_filled_in(name):
+    template = load_template(name)
+    prompt = grader_prompt(template, MESSAGES, RESPONSE)
+    prompt += criterion_prompt(template, Criterion("Names {it}", -4.0))
+    head, rest = template.split("{conversation}")
+    middle, tail = rest.split("{criterion}")
+    assert prompt == head + CONVERSATION + middle + "[-4] Names {it}" + tail
+
+
+def test_shared_template_has_the_criterion_last_after_a_newline():
+    template = load_template("shared")
+    prefix = grader_prompt(template, MESSAGES, RESPONSE)
+    suffix = criterion_prompt(template, Criterion("Greets", 5))
+    assert prefix.endswith("\n")
+    assert prefix.index("criteria_met") < prefix.index("user: What is")
+    assert suffix == "[5] Greets\n\nAnswer with the JSON object only."
+
+
+def test_healthbench_template_has_the_order_of_simple_evals():
+    template = load_template("healthbench")
+    parts = ["# Conversation\n{conversation}\n\n# Rubric item\n{criterion}\n\n# Instructions\n"]
+    parts += ['"explanation"', '"criteria_met"', "such as", "```json", "# Final instruction\n"]
+    places = [template.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_both_templates_give_the_same_instructions():
+    def instructions(name):
+        text = load_template(name)
+        return text[text.index("# Instructions") : text.rindex("```")]
+
+    assert instructions("shared") == instructions("healthbench")
+
+
+@pytest.mark.parametrize(
+    ("points", "text"),
+    [(5, "[5] A"), (5.0, "[5] A"), (-3, "[-3] A"), (2.5, "[2.5] A"), (-0.1, "[-0.1] A")],
+)
+def test_points_are_written_without_a_needless_decimal(points, text):
+    assert criterion_prompt("{conversation}{criterion}", Criterion("A", points)) == text
+
+
+def test_template_file_and_the_placeholders_of_simple_evals(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("Judge:\n<<conversation>>\nby <<rubric_item>> {}!\n", encoding="utf-8")
+    template = load_template(str(path))
+    assert template == "Judge:\n{conversation}\nby {criterion} {}!"
+    prefix = grader_prompt(template, [{"role": "user", "content": "q"}], "r")
+    assert prefix == "Judge:\nuser: q\n\nassistant: r\nby "
+    assert criterion_prompt(template, Criterion("C", 1)) == "[1] C {}!"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{conversation}", "has 0 {criterion}"),
+        ("{criterion}", "has 0 {conversation}"),
+        ("{conversation} {criterion} {criterion}", "has 2 {criterion}"),
+        ("{criterion} {conversation}", "put {conversation} before {criterion}"),
+    ],
+)
+def test_bad_template_files(tmp_path, text, message):
+    path = tmp_path / "bad.txt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        load_template(str(path))
+    assert "bad.txt" in str(error.value)
+
+
+def test_unknown_template_lists_the_choices():
+    with pytest.raises(ValueError, match="'sharde'.*shared or healthbench"):
+        load_template("sharde")
+
+
+@pytest.mark.parametrize("tokenizer_dir", ["qwen3-tokenizer", "smollm2-135m"])
+def test_split_is_at_a_token_boundary_on_real_rows(shared_data, tokenizer_dir):
+    """Tokens of prefix + tokens of suffix are the tokens of the whole message."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(shared_data / tokenizer_dir / "tokenizer.json"))
+    template = load_template("shared")
+    with (shared_data / "healthbench" / "main.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(20), strict=False)]
+    for row in rows:
+        example = Example.from_dict(row)
+        prefix = grader_prompt(template, example.prompt, "Fine.\n")
+        for criterion in example.rubrics[:3]:
+            suffix = criterion_prompt(template, criterion)
+            parts = tokenizer.encode(prefix).ids + tokenizer.encode(suffix).ids
+            assert parts == tokenizer.encode(prefix + suffix).ids
