@@ -1,0 +1,81 @@
+"""One attention for prefixes and branches.
+
+Keys and values come in *segments*: the prefix of a row, stored once and shared by its branches,
+and what belongs to one branch alone. A softmax runs over all segments together, without copying
+the shared ones per branch: the queries of a row's branches meet its prefix in one matrix product.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
+
+
+class Segment(NamedTuple):
+    """Keys and values that queries attend to.
+
+    Shapes: `k`, `v` [N, K, B or 1, S, D], where size 1 means shared by the row's branches, in
+    one layer; a stack of all layers has a leading axis [layers, ...]. `mask` is bool, broadcastable to
+    [N, B, T, S], true where a query may look.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def attend(q: jax.Array, segments: list[Segment]) -> jax.Array:
+    """Softmax attention of `q` [N, B, T, H, D] over all `segments` at once -> [N, B, T, H * D].
+
+    Grouped-query heads: head h reads key/value head h // (H // K). Scores and softmax are float32.
+    """
+    n, b, t, h, d = q.shape
+    heads = segments[0].k.shape[1]
+    q = q.reshape(n, b, t, heads, h // heads, d).transpose(0, 3, 1, 4, 2, 5)  # [N, K, B, G, T, D]
+    q = q * jnp.asarray(d**-0.5, q.dtype)
+
+    scores = []
+    for segment in segments:
+        own = segment.k.shape[2]  # branches that a key belongs to one each; 1 = shared
+        folded = q.reshape(n, heads, own, -1, d)
+        score = jnp.einsum(
+            "nkbqd,nkbsd->nkbqs", folded, segment.k, preferred_element_type=jnp.float32
+        ).reshape(n, heads, b, h // heads, t, -1)
+        scores.append(jnp.where(segment.mask[:, None, :, None], score, NEVER))
+
+    top = scores[0].max(-1, keepdims=True)
+    for score in scores[1:]:
+        top = jnp.maximum(top, score.max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+
+    total = jnp.zeros((), jnp.float32)
+    out = jnp.zeros((), jnp.float32)
+    for score, segment in zip(scores, segments, strict=True):
+        weight = jnp.exp(score - top)
+        total = total + weight.sum(-1, keepdims=True)
+        folded = weight.reshape(n, heads, segment.v.shape[2], -1, weight.shape[-1])
+        value = jnp.einsum(
+            "nkbqs,nkbsd->nkbqd",
+            folded.astype(segment.v.dtype),
+            segment.v,
+            preferred_element_type=jnp.float32,
+        )
+        out = out + value.reshape(n, heads, b, h // heads, t, d)
+    out = (out / total).astype(q.dtype)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(n, b, t, h * d)
+
+
+def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [..., head_dim / 2], of `positions` [...]."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies RoPE to `x` [..., heads, D] in the half-split form of `transformers`."""
+    cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

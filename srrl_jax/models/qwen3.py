@@ -1,0 +1,207 @@
+"""Qwen3 in Flax NNX, over prefixes with branches.
+
+Module and parameter names are those of `transformers`, weights keep its [out, in] layout, and the
+layers are stacked on a leading axis and scanned. So a checkpoint tensor
+`model.layers.3.mlp.up_proj.weight` is row 3 of the parameter `layers.mlp.up_proj.weight`, untouched.
+Every parameter names its logical axes where it is created (metadata `axes`); the table in
+`srrl_jax.parallel` maps them to mesh axes.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srrl_jax.models.attention import Segment, attend, rope, rotate
+from srrl_jax.models.config import Qwen3Config
+from srrl_jax.parallel import constrain
+
+
+class Scale(nnx.Module):
+    """RMSNorm over the last axis; statistics in float32."""
+
+    def __init__(self, stack: tuple[int, ...], size: int, axis: str | None, eps: float):
+        self.weight = _parameter(jnp.ones, stack, (size,), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> [..., out] with a weight [out, in] as `transformers` keeps it."""
+
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        sizes: tuple[int, int],
+        axes: tuple[str, str],
+        bias: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        def normal(shape):
+            return 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+        self.weight = _parameter(normal, stack, sizes, axes)
+        self.bias = _parameter(jnp.zeros, stack, sizes[:1], axes[:1]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def _parameter(init, stack, sizes, axes) -> nnx.Param:
+    return nnx.Param(init((*stack, *sizes)), axes=("layers",) * len(stack) + tuple(axes))
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.head_dim = c.head_dim
+        self.q_proj = Linear(stack, (q, c.hidden_size), ("heads", "embed"), c.qkv_bias, rngs=rngs)
+        self.k_proj = Linear(stack, (kv, c.hidden_size), ("kv_heads", "embed"), c.qkv_bias, rngs=rngs)
+        self.v_proj = Linear(stack, (kv, c.hidden_size), ("kv_heads", "embed"), c.qkv_bias, rngs=rngs)
+        self.o_proj = Linear(stack, (c.hidden_size, q), ("embed", "heads"), c.o_bias, rngs=rngs)
+        self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
+
+    def __call__(self, x, cos, sin, context: list[Segment], own_mask: jax.Array):
+        """x [N, B, T, hidden] -> the same shape, and its keys and values [N, K, B, T, D]."""
+
+        def heads(y):
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
+        return self.o_proj(attend(q, [*context, Segment(k, v, own_mask)])), (k, v)
+
+
+class MLP(nnx.Module):
+    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
+        up, down = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+        self.gate_proj = Linear(stack, up, ("mlp", "embed"), rngs=rngs)
+        self.up_proj = Linear(stack, up, ("mlp", "embed"), rngs=rngs)
+        self.down_proj = Linear(stack, down, ("embed", "mlp"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.input_layernorm = Scale(stack, c.hidden_size, "embed", c.rms_norm_eps)
+        self.self_attn = Attention(c, stack, rngs=rngs)
+        self.post_attention_layernorm = Scale(stack, c.hidden_size, "embed", c.rms_norm_eps)
+        self.mlp = MLP(c, stack, rngs=rngs)
+
+    def __call__(self, x, cos, sin, context, own_mask):
+        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, context, own_mask)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Qwen3(nnx.Module):
+    """The dense Qwen3 language model (and, by config, Qwen2 and Llama).
+
+    Args:
+      config: sizes and switches.
+      rngs: initial weights, normal with deviation 0.02, float32.
+      dtype: of activations and matrix products; norms, softmax and log-sum-exp stay in float32.
+    """
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        c = config
+        self.config, self.dtype = c, jnp.dtype(dtype)
+        vocab, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
+        self.embed_tokens = Linear((), vocab, axes, rngs=rngs)
+        self.layers = Layer(c, (c.num_hidden_layers,), rngs=rngs)
+        self.norm = Scale((), c.hidden_size, "embed", c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else Linear((), vocab, axes, rngs=rngs)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, mesh=None, dtype=jnp.float32) -> Self:
+        """Loads a directory or hub id that holds safetensors or GGUF weights.
+
+        See `srrl_jax.models.weights.load` for errors; `mesh` places the weights by the table of
+        `srrl_jax.parallel`, without one they go to the default device.
+        """
+        from srrl_jax.models import weights
+
+        return weights.load(source, mesh=mesh, dtype=dtype)
+
+    def save_pretrained(self, directory: str | Path, dtype=jnp.float32) -> None:
+        """Writes config.json and safetensors that `transformers` loads."""
+        from srrl_jax.models import weights
+
+        weights.save(self, directory, dtype=dtype)
+
+    def __call__(self, tokens, positions=None, mask=None) -> jax.Array:
+        """Logits of flat sequences.
+
+        Args:
+          tokens: int [B, T].
+          positions: int [B, T]; by default counted over the true entries of `mask`.
+          mask: bool [B, T], false at padding on either side; all true by default.
+        Returns:
+          float32 logits [B, T, V].
+        """
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        x, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
+        return self.logits(x[:, 0])
+
+    def extend(self, tokens, positions, mask, context: list[Segment] = (), remat: bool = False):
+        """Runs tokens that continue a context: the one path of prefill, decode and training.
+
+        Args:
+          tokens: int [N, B, T], B branches of T tokens for each of N rows.
+          positions: int [N, B, T], counted from the start of the row's prefix.
+          mask: bool [N, B, T], false at padding. Attention within a branch is causal.
+          context: what came before, each with `k`, `v` [layers, N, K, B or 1, S, D].
+          remat: recompute each layer in the backward pass instead of keeping its activations.
+        Returns:
+          Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
+          keys and values, each [layers, N, K, B, T, D].
+        """
+        c = self.config
+        x = self.embed_tokens.weight[...][tokens].astype(self.dtype)
+        x = constrain(x, "batch", None, None, None)
+        cos, sin = rope(positions, c.head_dim, c.rope_theta)
+        steps = jnp.arange(tokens.shape[-1])
+        own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x, layer_inputs):
+            weights, keys_values = layer_inputs
+            segments = [
+                Segment(k, v, segment.mask) for (k, v), segment in zip(keys_values, context, strict=True)
+            ]
+            x, kv = nnx.merge(graphdef, weights)(x, cos, sin, segments, own_mask)
+            return constrain(x, "batch", None, None, None), kv
+
+        body = jax.checkpoint(body) if remat else body
+        x, kv = jax.lax.scan(body, x, (stacked, [(s.k, s.v) for s in context]))
+        return self.norm(x), kv
+
+    @property
+    def head(self) -> jax.Array:
+        """The unembedding [V, hidden]."""
+        return (self.lm_head or self.embed_tokens).weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., hidden] -> float32 logits [..., V]; for few positions (see `head.py`)."""
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )

@@ -1,0 +1,81 @@
+"""Prefixes with branches: the batch layout that rollout, grading and update share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from srrl_jax.models.attention import Segment
+from srrl_jax.models.head import token_logprobs
+from srrl_jax.models.qwen3 import Qwen3
+
+
+class TreeBatch(NamedTuple):
+    """N prefixes, each continued by B branches; both padded on the right.
+
+    Shapes: `prefix` int32 [N, P], `prefix_lengths` int32 [N] (at least 1), `branches` int32 [N, B, L],
+    `branch_lengths` int32 [N, B].
+    """
+
+    prefix: jax.Array
+    prefix_lengths: jax.Array
+    branches: jax.Array
+    branch_lengths: jax.Array
+
+
+def _within(lengths: jax.Array, size: int) -> jax.Array:
+    """bool [..., size], true at the first `lengths` [...] places."""
+    return jnp.arange(size) < lengths[..., None]
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [N, B, T, D], index [N, B] -> [N, B, D]."""
+    return jnp.take_along_axis(x, index[..., None, None], axis=2)[:, :, 0]
+
+
+def extend_prefix(model: Qwen3, tree: TreeBatch, remat: bool = False):
+    """Computes each prefix once: the last hidden state [N, hidden], and what its branches attend to."""
+    n, p = tree.prefix.shape
+    mask = _within(tree.prefix_lengths, p)[:, None]
+    positions = jnp.broadcast_to(jnp.arange(p), (n, 1, p))
+    hidden, (k, v) = model.extend(tree.prefix[:, None], positions, mask, remat=remat)
+    last = _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0]
+    return last, Segment(k, v, mask[:, :, None])
+
+
+def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: bool = False):
+    """Computes the branches on top of their prefix: hidden [N, B, L, hidden], and their K/V segment."""
+    size = tree.branches.shape[-1]
+    mask = _within(tree.branch_lengths, size)
+    positions = tree.prefix_lengths[:, None, None] + jnp.arange(size)
+    positions = jnp.broadcast_to(positions, tree.branches.shape)
+    hidden, (k, v) = model.extend(tree.branches, positions, mask, [context], remat=remat)
+    return hidden, Segment(k, v, mask[:, :, None])
+
+
+def last_states(model: Qwen3, tree: TreeBatch):
+    """Prefill: the state [N, B, hidden] that predicts each branch's next token, and both K/V segments.
+
+    Branches of size L = 0 (nothing yet: a rollout) take their prefix's last state.
+    """
+    last, prefix = extend_prefix(model, tree)
+    n, b, size = tree.branches.shape
+    last = jnp.broadcast_to(last[:, None], (n, b, last.shape[-1]))
+    if size == 0:
+        return last, prefix, None
+    hidden, branch = extend_branches(model, tree, prefix)
+    own = _at(hidden, jnp.maximum(tree.branch_lengths - 1, 0))
+    return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, branch
+
+
+def branch_logprobs(model: Qwen3, tree: TreeBatch, temperature=1.0, remat: bool = False):
+    """Teacher forcing: log-probability and entropy, float32 [N, B, L], of every branch token.
+
+    Each prefix is computed once, whatever the number of branches. Values at padding mean nothing.
+    """
+    last, context = extend_prefix(model, tree, remat)
+    hidden, _ = extend_branches(model, tree, context, remat)
+    n, b, _, d = hidden.shape
+    first = jnp.broadcast_to(last[:, None, None], (n, b, 1, d))
+    predicting = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    return token_logprobs(predicting, model.head, tree.branches, temperature)

@@ -1,0 +1,92 @@
+"""One mesh for everything, and the one table from logical axes to mesh axes."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from srrl_jax.errors import InputError
+
+# Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary.
+# Activations: rows go over both data and fsdp.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "batch": ("data", "fsdp"),
+    None: None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: whatever the devices leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise InputError(f"mesh: sizes must be positive, at most one of them -1, not {sizes}")
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (all by default).
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+        raise InputError(
+            f"mesh: {sizes} asks for a multiple of {fixed} devices, but there are {len(devices)}; "
+            "set one axis to -1 to take what is left"
+        )
+    shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+    return Mesh(np.asarray(devices).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(variables: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of NNX variables by their `axes` metadata.
+
+    An axis of a weight whose size the mesh axis does not divide stays whole.
+    """
+
+    def one(variable):
+        spec = []
+        for size, axis in zip(variable.shape, variable.get_metadata()["axes"], strict=True):
+            name = RULES[axis]
+            spec.append(name if name and size % mesh.shape[name] == 0 else None)
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of `x` by logical axes under the current mesh; nothing without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    names = [RULES[axis] for axis in axes]
+    whole = [
+        None if name is None or size % math.prod(mesh.shape[n] for n in np.atleast_1d(name)) else name
+        for size, name in zip(x.shape, names, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*whole))
+
+
+def place_batch(arrays: Any, mesh: Mesh, row_axis: int = 0) -> Any:
+    """Puts host arrays on the mesh, their `row_axis` cut over data and fsdp."""
+    return jax.device_put(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))

@@ -1,0 +1,169 @@
+"""GGUF files, written here by llama.cpp's package with its row order."""
+
+import gguf
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from srrl_jax.errors import InputError
+from srrl_jax.models import Qwen3, Qwen3Config
+
+ARCHITECTURES = {
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "llama": gguf.MODEL_ARCH.LLAMA,
+}
+
+
+def permute(weights, heads):
+    """As llama.cpp's convert_hf_to_gguf.py writes q and k of Llama models."""
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a model as GGUF; names come from the gguf package's own map."""
+
+    def write(model: Qwen3, quantization=None, metadata=(), extra=(), name="model.gguf"):
+        c = model.config
+        model.save_pretrained(tmp_path / "hf")
+        folder = tmp_path / "gguf"
+        folder.mkdir(exist_ok=True)
+        writer = gguf.GGUFWriter(folder / name, c.model_type)
+        writer.add_block_count(c.num_hidden_layers)
+        writer.add_context_length(c.max_position_embeddings)
+        writer.add_embedding_length(c.hidden_size)
+        writer.add_feed_forward_length(c.intermediate_size)
+        writer.add_head_count(c.num_attention_heads)
+        writer.add_head_count_kv(c.num_key_value_heads)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+        writer.add_rope_freq_base(c.rope_theta)
+        for key, value in dict(metadata).items():
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        names = gguf.get_tensor_name_map(ARCHITECTURES[c.model_type], c.num_hidden_layers)
+        for hf_name, values in load_file(tmp_path / "hf" / "model.safetensors").items():
+            if c.model_type == "llama" and "q_proj" in hf_name:
+                values = permute(values, c.num_attention_heads)
+            if c.model_type == "llama" and "k_proj" in hf_name:
+                values = permute(values, c.num_key_value_heads)
+            gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            if quantization and values.ndim == 2:
+                values = gguf.quants.quantize(values, quantization)
+                writer.add_tensor(gguf_name, values, raw_dtype=quantization)
+            else:
+                writer.add_tensor(gguf_name, values)
+        for extra_name in extra:
+            writer.add_tensor(extra_name, np.ones(8, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return folder
+
+    return write
+
+
+def weights(model):
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_unquantized_is_bit_identical(tiny, write, model_type, tied):
+    model = tiny(model_type, tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_theta=5e5)
+    loaded = Qwen3.from_pretrained(write(model))
+    assert loaded.config == model.config
+    expected, actual = weights(model), weights(loaded)
+    assert expected.keys() == actual.keys()
+    for path in expected:
+        np.testing.assert_array_equal(actual[path], expected[path], err_msg=str(path))
+
+
+def test_llama_bias_rows_are_unpermuted_too(tiny, write):
+    model = tiny("llama")
+    fields = {**model.config.to_hf(), "attention_bias": True}
+    model = tiny(**fields)
+    loaded = weights(Qwen3.from_pretrained(write(model)))
+    for path, values in weights(model).items():
+        np.testing.assert_array_equal(loaded[path], values, err_msg=str(path))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_quantized_is_close(tiny, write, model_type):
+    """Q8_0 keeps 8 bits of the largest of each 32 values: within 1/254 of it, and float16 scales."""
+    model = tiny(model_type, hidden_size=64, intermediate_size=96)
+    loaded = weights(Qwen3.from_pretrained(write(model, gguf.GGMLQuantizationType.Q8_0)))
+    changed = False
+    for path, values in weights(model).items():
+        error = np.abs(loaded[path] - values).max()
+        assert error <= np.abs(values).max() / 250
+        changed |= error > 0
+    assert changed
+
+
+def test_config_json_comes_first(tiny, write):
+    model = tiny("llama")
+    folder = write(model)
+    (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
+    assert Qwen3.from_pretrained(folder).config == model.config
+    text = (folder / "config.json").read_text().replace('"llama"', '"qwen2"')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match="'llama', but config.json has model_type 'qwen2'"):
+        Qwen3.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "metadata, extra, message",
+    [
+        ({}, ["rope_freqs.weight"], "model.gguf.*rope_freqs.weight"),
+        ({}, ["blk.0.ffn_gate_exps.weight"], "ffn_gate_exps"),
+        ({"llama.rope.scaling.type": "yarn"}, [], "llama.rope.scaling.type"),
+        ({"llama.attention.sliding_window": 64}, [], "sliding_window"),
+        ({"llama.rope.dimension_count": 8}, [], "dimension_count"),
+    ],
+)
+def test_refuses_what_it_does_not_compute(tiny, write, metadata, extra, message):
+    with pytest.raises(InputError, match=message):
+        Qwen3.from_pretrained(write(tiny("llama"), metadata=metadata, extra=extra))
+
+
+def test_plain_rope_metadata_is_accepted(tiny, write):
+    metadata = {"llama.rope.scaling.type": "none", "llama.rope.dimension_count": 16}
+    Qwen3.from_pretrained(write(tiny("llama"), metadata=metadata))
+
+
+def test_other_architecture(tiny, write, tmp_path):
+    file = write(tiny("llama")) / "model.gguf"
+    file.write_bytes(file.read_bytes().replace(b"llama", b"bloom", 1))
+    with pytest.raises(InputError, match="architecture 'bloom'"):
+        Qwen3.from_pretrained(file.parent)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 300, 5000, -100])
+def test_truncated_file(tiny, write, keep):
+    file = write(tiny("llama")) / "model.gguf"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match="model.gguf: truncated"):
+        Qwen3.from_pretrained(file.parent)
+
+
+def test_several_files(tiny, write):
+    write(tiny("llama"), name="a.gguf")
+    folder = write(tiny("llama"), name="b.gguf")
+    with pytest.raises(InputError, match="several GGUF files.*'a.gguf', 'b.gguf'"):
+        Qwen3.from_pretrained(folder)
+
+
+def test_smollm2_metadata_says_what_its_config_says(smollm2, tmp_path):
+    from srrl_jax.models import gguf as ours
+
+    config, tensors = ours.read(next(smollm2.glob("*.gguf")))
+    assert config == Qwen3Config.from_hf(smollm2)
+    assert len(tensors) == 272
