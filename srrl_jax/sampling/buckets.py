@@ -1,0 +1,84 @@
+"""The declared table of shapes: what is not in it is never compiled."""
+
+import bisect
+import dataclasses
+from collections import defaultdict
+
+from srrl_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Sizes that batches are padded to, each list ascending.
+
+    Attributes:
+      prefix: tokens of a prefix.
+      branch: tokens that a branch brings along (a criterion); (0,) where it starts empty (a rollout).
+      fan_out: branches of a row.
+      rows: rows of a wave; the largest bounds the memory.
+    """
+
+    prefix: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    branch: tuple[int, ...] = (0,)
+    rows: tuple[int, ...] = (8,)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            sizes = getattr(self, field.name)
+            least = 0 if field.name == "branch" else 1
+            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < least:
+                raise InputError(
+                    f"buckets.{field.name}: must be ascending sizes from {least} on, not {sizes}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """Rows (by index) that run together, and the table's sizes that they are padded to."""
+
+    indices: tuple[int, ...]
+    rows: int
+    prefix: int
+    fan_out: int
+    branch: int
+
+
+def fit(size: int, sizes: tuple[int, ...], what: str) -> int:
+    """The smallest of `sizes` that holds `size`.
+
+    Raises:
+      InputError: none does; the message starts with `what`.
+    """
+    place = bisect.bisect_left(sizes, size)
+    if place == len(sizes):
+        raise InputError(
+            f"{what} is {size} long, over the largest bucket ({sizes[-1]}); "
+            "enlarge that bucket in the config or shorten the input"
+        )
+    return sizes[place]
+
+
+def plan_waves(prefix_lengths: list[int], branch_lengths: list[list[int]], buckets: Buckets) -> list[Wave]:
+    """Sorts rows into waves of equal bucket sizes, longest prefixes first.
+
+    Raises:
+      InputError: an empty prefix, no branch, or something over the table; names the row.
+    """
+    groups = defaultdict(list)
+    for row, (prefix, branches) in enumerate(zip(prefix_lengths, branch_lengths, strict=True)):
+        if prefix == 0 or not branches:
+            raise InputError(f"row {row}: needs at least one prefix token and one branch")
+        sizes = (
+            fit(prefix, buckets.prefix, f"row {row}: prefix"),
+            fit(len(branches), buckets.fan_out, f"row {row}: list of branches"),
+            fit(max(branches), buckets.branch, f"row {row}: longest branch"),
+        )
+        groups[sizes].append(row)
+    waves = []
+    for (prefix, fan_out, branch), rows in sorted(groups.items(), reverse=True):
+        for start in range(0, len(rows), buckets.rows[-1]):
+            indices = tuple(rows[start : start + buckets.rows[-1]])
+            size = fit(len(indices), buckets.rows, "wave")
+            waves.append(Wave(indices, size, prefix, fan_out, branch))
+    return waves

@@ -1,0 +1,88 @@
+"""Choosing the next token."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from srrl_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn, applied in the order of `transformers`.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_k: keep this many most likely tokens; 0 keeps all.
+      top_p: then keep the fewest tokens whose probabilities sum to at least this.
+      min_p: then keep tokens at least this likely relative to the most likely one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be from 0 to 1, not {self.min_p}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are ruled out, which costs a sort."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@partial(jax.jit, static_argnames=("top_k", "truncates"))
+def choose(
+    logits: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    *,
+    top_k: int,
+    truncates: bool,
+    allowed: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws one token a row, by Gumbel noise.
+
+    Args:
+      logits: float32 [..., V].
+      keys: one random key a row [...].
+      temperature, top_p, min_p: scalars, traced, so that a change does not recompile.
+      top_k, truncates: of SamplingConfig, static.
+      allowed: ids from here on are never chosen (rows of the vocabulary beyond the tokenizer).
+    Returns:
+      Token ids int32 [...], and their log-probabilities float32 [...] under softmax(logits /
+      temperature) without truncation: what training recomputes. Greedy reports temperature 1.
+    """
+    greedy = temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    logprobs = jax.nn.log_softmax(scaled)
+    values = jnp.where(jnp.arange(logits.shape[-1]) < allowed, scaled, -jnp.inf)
+    ids = None
+    if truncates:
+        values, ids = jax.lax.top_k(values, top_k or values.shape[-1])
+        probs = jax.nn.softmax(values)
+        keep = (jnp.cumsum(probs, -1) - probs < top_p) & (probs >= min_p * probs[..., :1])
+        values = jnp.where(keep, values, -jnp.inf)
+    shape = values.shape[-1:]
+    draw = partial(jax.random.gumbel, shape=shape, dtype=jnp.float32)
+    for _ in keys.shape:
+        draw = jax.vmap(draw)
+    # A branch and not a sum with zero noise: greedy decoding pays for no random bits.
+    noise = jax.lax.cond(greedy, lambda k: jnp.zeros((*k.shape, *shape)), draw, keys)
+    token = jnp.argmax(values + noise, axis=-1)[..., None]
+    if ids is not None:
+        token = jnp.take_along_axis(ids, token, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token, axis=-1)
+    return token[..., 0].astype(jnp.int32), chosen[..., 0]

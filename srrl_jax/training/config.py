@@ -1,0 +1,247 @@
+"""The recipe of a run: one YAML file, overridden by key=value."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+
+from srrl_jax.errors import InputError
+from srrl_jax.parallel import MeshConfig
+from srrl_jax.sampling import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Row sources (see `srrl_jax.data.load_examples`): training rows and, optionally, held-out rows."""
+
+    train: str
+    eval: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy answers.
+
+    Attributes:
+      max_new_tokens: limit of a completion.
+      prompt_buckets: padded prompt lengths; a longer prompt is refused.
+      completion_buckets: padded completion lengths of the update; the last must be max_new_tokens.
+      rows: prompts sampled at one time.
+      thinking: whether the chat template asks for a <think> block.
+    """
+
+    max_new_tokens: int
+    prompt_buckets: tuple[int, ...]
+    completion_buckets: tuple[int, ...]
+    rows: tuple[int, ...] = (8,)
+    thinking: bool = False
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GradingConfig:
+    """How responses are graded.
+
+    Attributes:
+      max_new_tokens: limit of a verdict with its explanation.
+      template: "shared", "healthbench", or the path of a template file.
+      prefix_buckets: padded lengths of instructions + conversation + response.
+      criterion_buckets: padded lengths of a criterion with the text after it.
+      criteria_buckets: padded numbers of criteria.
+      rows: responses graded at one time.
+      tries: replies sampled for a criterion before it is unscorable.
+      thinking: whether the chat template asks for a <think> block.
+    """
+
+    max_new_tokens: int
+    prefix_buckets: tuple[int, ...]
+    criterion_buckets: tuple[int, ...]
+    criteria_buckets: tuple[int, ...]
+    template: str = "shared"
+    rows: tuple[int, ...] = (8,)
+    tries: int = 3
+    thinking: bool = False
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective: clip bounds, and whether advantages are divided by the group's deviation."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    normalize_std: bool = True
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW at a constant learning rate after a linear warm-up.
+
+    Attributes:
+      minibatches: updates of one step; each takes its share of the step's prompts.
+      microbatch: prompts (with their whole groups) of one forward and backward pass.
+      remat: recompute activations in the backward pass.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0
+    minibatches: int = 1
+    microbatch: int = 1
+    remat: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps, and after the last; the newest `keep` stay."""
+
+    every: int = 10
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out rows (the first `rows` of data.eval), answered and self-graded every so many steps."""
+
+    every: int = 10
+    rows: int = 32
+    samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. `steps` counts rollout-grade-update rounds."""
+
+    run_dir: str
+    model: str
+    data: DataConfig
+    steps: int
+    rollout: RolloutConfig
+    grading: GradingConfig
+    seed: int = 0
+    prompts_per_step: int = 32
+    group_size: int = 4
+    grader: Literal["policy", "frozen"] = "policy"
+    kl_coef: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        o, r = self.optimizer, self.rollout
+        least = {
+            "steps": self.steps,
+            "prompts_per_step": self.prompts_per_step,
+            "group_size": self.group_size - 1,
+            "grading.tries": self.grading.tries,
+            "optimizer.minibatches": o.minibatches,
+            "optimizer.microbatch": o.microbatch,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+            "eval.every": self.eval.every,
+            "eval.rows": self.eval.rows,
+            "eval.samples": self.eval.samples,
+        }
+        for key, value in least.items():
+            if value < 1:
+                raise InputError(f"{key}: must be at least {2 if key == 'group_size' else 1}")
+        if self.prompts_per_step % (o.minibatches * o.microbatch):
+            raise InputError(
+                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches "
+                f"x optimizer.microbatch ({o.minibatches} x {o.microbatch})"
+            )
+        if not r.completion_buckets or r.completion_buckets[-1] != r.max_new_tokens:
+            raise InputError(
+                f"rollout.completion_buckets: the last must be rollout.max_new_tokens ({r.max_new_tokens})"
+            )
+        if r.sampling.temperature == 0:
+            raise InputError(
+                "rollout.sampling.temperature: a group of greedy samples is all the same; set > 0"
+            )
+        if r.sampling.truncates:
+            # Probabilities in the update are those of the whole distribution.
+            raise InputError("rollout.sampling: top_k, top_p and min_p must be off; training needs log-probs")
+        for name in ("learning_rate", "warmup_steps", "weight_decay"):
+            if getattr(o, name) < 0:
+                raise InputError(f"optimizer.{name}: must not be negative")
+        if self.kl_coef < 0:
+            raise InputError("kl_coef: must not be negative")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
+        """Reads a YAML recipe and applies `key.sub=value` overrides, whose values are YAML too.
+
+        Raises:
+          InputError: names the file or override, the key, and for an unknown key the nearest known.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such config file") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: a config is a mapping of keys to values")
+        _check_keys(cls, values, where=str(path))
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise InputError(f"{override!r}: an override has the form key=value")
+            nested: dict[str, Any] = {}
+            _put(nested, key.split("."), yaml.safe_load(text))
+            _check_keys(cls, nested, where=override)
+            values = _merge(values, nested)
+        return cls.from_dict(values, where=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> Self:
+        """Checks types and ranges of a nested dict; see `load` for errors."""
+        try:
+            return pydantic.TypeAdapter(cls).validate_python(values)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            got = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
+            raise InputError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain YAML values."""
+        return pydantic.TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+def _put(target: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        target = target.setdefault(name, {})
+    target[path[-1]] = value
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -> None:
+    """Refuses keys that the dataclass `kind` does not have, and names the nearest that it has."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown key {path + str(key)!r}; {hint}")
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            _check_keys(fields[key], value, where, f"{path}{key}.")

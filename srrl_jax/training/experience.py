@@ -1,0 +1,147 @@
+"""A step's experience: sample groups of completions, then grade them against their rubrics."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from srrl_jax.errors import InputError
+from srrl_jax.grading import Grader, GradingItem, Verdict
+from srrl_jax.models import Qwen3
+from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.rubrics import Example, load_template, score_response, visible_response
+from srrl_jax.sampling import Buckets, Completion, Sampler
+from srrl_jax.training.config import TrainConfig
+
+OnWave = Callable[[int, int], None]
+
+
+class Graded(NamedTuple):
+    """What the grader made of one completion; `reward` is None where nothing could be scored."""
+
+    text: str
+    response: str
+    verdicts: list[Verdict]
+    reward: float | None
+
+
+class Task(NamedTuple):
+    """An example with its prompt in tokens, and the number of its row, which its keys are folded from."""
+
+    example: Example
+    prompt: list[int]
+    row: int
+
+
+def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer, config: TrainConfig):
+    """Tokenizes all prompts, and checks them and their criteria against the bucket table.
+
+    Raises:
+      InputError: names the source, the row, the length and the key to enlarge.
+    """
+    r, g = config.rollout, config.grading
+    grader = Grader(None, tokenizer, _template(config), thinking=g.thinking)
+    tasks = []
+    for row, example in enumerate(examples):
+        prompt = tokenizer.encode(tokenizer.render(list(example.prompt), thinking=r.thinking))
+        prefix, branches = grader.encode(GradingItem(example.prompt, "", example.rubrics))
+        for key, what, size, sizes in (
+            ("rollout.prompt_buckets", "the prompt", len(prompt), r.prompt_buckets),
+            (
+                "grading.prefix_buckets",
+                "the grader prompt with the longest response",
+                len(prefix) + r.max_new_tokens,
+                g.prefix_buckets,
+            ),
+            ("grading.criterion_buckets", "a criterion", max(map(len, branches)), g.criterion_buckets),
+            ("grading.criteria_buckets", "the list of criteria", len(branches), g.criteria_buckets),
+        ):
+            if size > sizes[-1]:
+                raise InputError(
+                    f"{source}: row {row + 1} ({example.prompt_id}): {what} takes {size}, over the "
+                    f"largest of {key} ({sizes[-1]}); enlarge {key} or leave the row out"
+                )
+        tasks.append(Task(example, prompt, row))
+    return tasks
+
+
+def _template(config: TrainConfig) -> str:
+    try:
+        return load_template(config.grading.template)
+    except ValueError as error:
+        raise InputError(f"grading.template: {error}") from None
+
+
+class SelfRewarder:
+    """The policy's two roles, on one set of weights: it answers, and it grades the answers."""
+
+    def __init__(self, model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh):
+        r, g = config.rollout, config.grading
+        self.tokenizer = tokenizer
+        shared = dict(
+            stop_ids=tokenizer.stop_ids, allowed=min(tokenizer.size, model.config.vocab_size), mesh=mesh
+        )
+        fan_out = tuple(sorted({config.group_size, config.eval.samples}))
+        self.sampler = Sampler(
+            model,
+            Buckets(prefix=r.prompt_buckets, fan_out=fan_out, rows=r.rows),
+            new_tokens=r.max_new_tokens,
+            sampling=r.sampling,
+            **shared,
+        )
+        grading_sampler = Sampler(
+            model,
+            Buckets(g.prefix_buckets, g.criteria_buckets, g.criterion_buckets, g.rows),
+            new_tokens=g.max_new_tokens,
+            sampling=g.sampling,
+            **shared,
+        )
+        self.grader = Grader(
+            grading_sampler, tokenizer, _template(config), tries=g.tries, thinking=g.thinking
+        )
+
+    def rollout(
+        self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave
+    ) -> list[list[Completion]]:
+        """`samples` completions of each task's prompt."""
+        return self.sampler.generate(
+            params,
+            [task.prompt for task in tasks],
+            [[[]] * samples for _ in tasks],
+            key,
+            row_ids=[task.row for task in tasks],
+            on_wave=on_wave,
+        )
+
+    def grade(
+        self,
+        params: Any,
+        tasks: Sequence[Task],
+        groups: Sequence[Sequence[Completion]],
+        key: jax.Array,
+        on_wave: OnWave,
+    ) -> list[list[Graded]]:
+        """Every completion against every criterion of its prompt, as one tree batch; then its reward."""
+        texts = [[self.tokenizer.decode(c.tokens.tolist()) for c in group] for group in groups]
+        items = [
+            GradingItem(task.example.prompt, visible_response(text), task.example.rubrics)
+            for task, group in zip(tasks, texts, strict=True)
+            for text in group
+        ]
+        verdicts = iter(self.grader.grade(params, items, key, on_wave))
+        graded = []
+        for task, group in zip(tasks, texts, strict=True):
+            graded.append([])
+            for text in group:
+                row = next(verdicts)
+                reward = score_response(task.example.rubrics, [verdict.met for verdict in row])
+                graded[-1].append(Graded(text, visible_response(text), row, reward))
+        return graded
+
+
+def rewards_of(graded: Sequence[Sequence[Graded]]) -> np.ndarray:
+    """float32 [N, G]; NaN where a completion has no reward."""
+    return np.array(
+        [[np.nan if g.reward is None else g.reward for g in group] for group in graded], np.float32
+    )
