@@ -56,6 +56,14 @@ def split_chat(render: Callable[[list[Message]], str], user_text: str) -> tuple[
     return before, after
 
 
+def opened_thought(rendered: str) -> str:
+    """ "<think>" where the chat template itself opens the model's thought, else "".
+
+    Such a completion holds only the closing tag, so the opening one is put back before it is read.
+    """
+    return "<think>" if rendered.rstrip().endswith("<think>") else ""
+
+
 class Grader:
     """Grades responses with the weights that it is given: the live policy's or frozen ones.
 
@@ -86,44 +94,50 @@ class Grader:
 
         Args:
           params: `nnx.state` of the grading model.
-          key: a typed random key; try t of item i draws from keys folded from (t, i, criterion).
+          key: a typed random key; try t of item i draws from keys folded from (t, i, place
+            among the criteria still unread).
           on_wave: told verdicts sampled and their total after each wave of a try.
         Raises:
-          InputError: a prompt or criterion that the bucket table does not hold.
+          InputError: a criterion, or a number of criteria, that the bucket table does not hold.
         """
         encoded = [self.encode(item) for item in items]
+        opening = opened_thought(self._render([{"role": "user", "content": ""}]))
         verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
+        # Text tokenized anew can be longer than what was sampled; what does not fit is unscorable.
+        room = self.sampler.buckets.prefix[-1]
+        rows = [i for i, (prefix, _) in enumerate(encoded) if len(prefix) <= room]
         for attempt in range(self.tries):
-            # Retries keep every branch in its place, so keys stay those of the criterion.
-            open_rows = [i for i, row in enumerate(verdicts) if any(v.met is None for v in row)]
-            if not open_rows:
+            unread = {i: [c for c, v in enumerate(verdicts[i]) if v.met is None] for i in rows}
+            rows = [i for i in rows if unread[i]]
+            if not rows:
                 break
             replies = self.sampler.generate(
                 params,
-                [encoded[i][0] for i in open_rows],
-                [encoded[i][1] for i in open_rows],
+                [encoded[i][0] for i in rows],
+                [[encoded[i][1][c] for c in unread[i]] for i in rows],
                 jax.random.fold_in(key, attempt),
-                row_ids=open_rows,
+                row_ids=rows,
                 on_wave=on_wave,
             )
-            for i, row in zip(open_rows, replies, strict=True):
-                for c, reply in enumerate(row):
-                    before = verdicts[i][c]
-                    if before.met is None:
-                        text = self.tokenizer.decode(reply.tokens.tolist())
-                        verdicts[i][c] = Verdict(
-                            parse_verdict(text),
-                            parse_explanation(text),
-                            before.tries + 1,
-                            before.tokens + len(reply.tokens),
-                        )
+            for i, row in zip(rows, replies, strict=True):
+                for c, reply in zip(unread[i], row, strict=True):
+                    text = opening + self.tokenizer.decode(reply.tokens.tolist())
+                    verdicts[i][c] = Verdict(
+                        parse_verdict(text),
+                        parse_explanation(text),
+                        attempt + 1,
+                        verdicts[i][c].tokens + len(reply.tokens),
+                    )
         return verdicts
 
     def encode(self, item: GradingItem) -> tuple[list[int], list[list[int]]]:
         """Token ids of the shared prefix, and of each criterion with what follows it."""
         text = grader_prompt(self.template, item.prompt, item.response)
-        before, after = split_chat(lambda m: self.tokenizer.render(m, thinking=self.thinking), text)
+        before, after = split_chat(self._render, text)
         return self.tokenizer.encode(before), [
             self.tokenizer.encode(criterion_prompt(self.template, criterion) + after)
             for criterion in item.criteria
         ]
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        return self.tokenizer.render(messages, thinking=self.thinking)

@@ -24,7 +24,6 @@ def token_logprobs(
     n, b, t, _ = hidden.shape
     size = max(1, min(t, _CHUNK_TOKENS // (n * b)))
     padding = -t % size
-    head = head.astype(hidden.dtype)
 
     def slices(x):  # [N, B, T, ...] -> [T / size, N, B, size, ...]: rows keep their sharding
         x = jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
@@ -33,12 +32,14 @@ def token_logprobs(
     @jax.checkpoint
     def one(args):
         h, target = args
-        logits = jnp.einsum("nbtd,vd->nbtv", h, head, preferred_element_type=jnp.float32)
+        # Cast in here, so that the chunks' gradients of `head` add up in its own dtype (float32).
+        weight = head.astype(h.dtype)
+        logits = jnp.einsum("nbtd,vd->nbtv", h, weight, preferred_element_type=jnp.float32)
         logits = logits / temperature
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        mean = (jnp.exp(logits - total[..., None]) * logits).sum(-1)
-        return chosen - total, total - mean
+        logits = logits - total[..., None]
+        return chosen - total, -(jnp.exp(logits) * logits).sum(-1)
 
     logprobs, entropy = jax.lax.map(one, (slices(hidden), slices(targets)))
     return tuple(jnp.moveaxis(x, 0, 2).reshape(n, b, -1)[..., :t] for x in (logprobs, entropy))

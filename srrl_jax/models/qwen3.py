@@ -173,7 +173,8 @@ class Qwen3(nnx.Module):
           keys and values, each [layers, N, K, B, T, D].
         """
         c = self.config
-        x = self.embed_tokens.weight[...][tokens].astype(self.dtype)
+        # Whole rows for the lookup: XLA would else replicate its result, [N, B, T, hidden].
+        x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens].astype(self.dtype)
         x = constrain(x, "batch", None, None, None)
         cos, sin = rope(positions, c.head_dim, c.rope_theta)
         steps = jnp.arange(tokens.shape[-1])

@@ -1,6 +1,7 @@
 """Choosing the next token."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -26,7 +27,7 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if self.top_k < 0:
             raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
@@ -71,7 +72,8 @@ def choose(
     values = jnp.where(jnp.arange(logits.shape[-1]) < allowed, scaled, -jnp.inf)
     ids = None
     if truncates:
-        values, ids = jax.lax.top_k(values, top_k or values.shape[-1])
+        size = values.shape[-1]
+        values, ids = jax.lax.top_k(values, min(top_k or size, size))
         probs = jax.nn.softmax(values)
         keep = (jnp.cumsum(probs, -1) - probs < top_p) & (probs >= min_p * probs[..., :1])
         values = jnp.where(keep, values, -jnp.inf)

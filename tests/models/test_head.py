@@ -1,6 +1,7 @@
 """The chunked unembedding against the naive one: values, gradients, and what is never stored."""
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,28 +34,25 @@ def gradients(function, hidden, head, targets, temperature):
 
 
 # One chunk; a last chunk that is padded (1,024 = 6 x 170 + 4); more rows than a chunk holds.
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 5), (2, 3, 401), (1, 1, 1025), (1030, 1, 2)])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_equals_naive(sizes, temperature):
-    hidden, head, targets = inputs(*sizes)
-    actual = token_logprobs(hidden, head, targets, temperature)
-    expected = naive(hidden, head, targets, temperature)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 401), (1, 1, 1025), (1030, 1, 2)])
+def test_equals_naive(sizes):
+    args = (*inputs(*sizes), 0.6)
+    actual, expected = jax.jit(token_logprobs)(*args), jax.jit(naive)(*args)
     for x, y in zip(actual, expected, strict=True):
         assert x.shape == sizes and x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2, 3, 5), (2, 3, 401)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_gradients_equal_naive(sizes, temperature):
-    args = (*inputs(*sizes), temperature)
+def test_gradients_equal_naive(temperature):
+    args = (*inputs(2, 3, 401), temperature)
     for x, y in zip(gradients(token_logprobs, *args), gradients(naive, *args), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
 
 
 def test_large_logits_are_finite():
     hidden, head, targets = inputs(1, 2, 9)
-    logprobs, entropy = token_logprobs(1000 * hidden, head, targets)
+    logprobs, entropy = jax.jit(token_logprobs)(1000 * hidden, head, targets)
     assert np.isfinite(logprobs).all() and np.isfinite(entropy).all()
     to_hidden, to_head = gradients(token_logprobs, 1000 * hidden, head, targets, 1.0)
     assert np.isfinite(to_hidden).all() and np.isfinite(to_head).all()
@@ -69,7 +67,6 @@ def test_head_gradient_of_bfloat16_states_adds_up_in_float32():
     rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
     expected = gradients(naive, hidden.astype(jnp.float32), rounded, targets, 1.0)[1]
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-    print("ERR", error)
     assert error < 5e-3
 
 
@@ -78,12 +75,12 @@ def largest_array(jaxpr) -> int:
     sizes = [v.aval.size for v in (*jaxpr.invars, *jaxpr.outvars) if hasattr(v.aval, "size")]
     for equation in jaxpr.eqns:
         sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-        sizes += [largest_array(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+        sizes += [largest_array(inner) for inner in jex.jaxprs_in_params(equation.params)]
     return max(sizes, default=0)
 
 
 def test_logits_never_exist_at_once():
-    tokens, vocab = 8192, 2000
+    tokens, vocab = 65536, 1000
     shapes = (
         jax.ShapeDtypeStruct((1, 2, tokens // 2, HIDDEN), jnp.float32),
         jax.ShapeDtypeStruct((vocab, HIDDEN), jnp.float32),
@@ -104,6 +101,6 @@ def test_logits_never_exist_at_once():
     def temporary(function):
         return program(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    print("MEM", temporary(token_logprobs) / 4 / chunk, temporary(naive) / 4 / whole)
-    assert temporary(token_logprobs) < whole  # bytes: a quarter of one array of all logits
-    assert temporary(naive) >= 4 * whole
+    # In bytes, with 64 chunks: a few chunks' logits, a few copies of all of them.
+    assert temporary(token_logprobs) < 6 * 4 * chunk
+    assert temporary(naive) > 2 * 4 * whole

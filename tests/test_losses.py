@@ -1,0 +1,244 @@
+"""The objective against NumPy float64 oracles written from the formulas."""
+
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from srrl_jax.losses import group_advantages, grpo_loss, kl_penalty, token_mean
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+shapes = st.sampled_from([(1, 1), (2, 3), (3, 8)])
+LIMIT = 20.0  # of |log ratio|, where exponentials are cut to stay finite
+
+
+def floats(shape, low, high):
+    return arrays(np.float32, shape, elements=st.floats(low, high, width=32, allow_subnormal=False))
+
+
+def advantages_oracle(rewards, valid, normalize_std, eps=1e-6):
+    out = np.zeros(rewards.shape)
+    for n, (row, ok) in enumerate(zip(rewards.astype(np.float64), valid, strict=True)):
+        if ok.sum() > 1 and np.ptp(row[ok]) > 0:
+            scale = row[ok].std(ddof=1) + eps if normalize_std else 1.0
+            out[n, ok] = (row[ok] - row[ok].mean()) / scale
+    return out
+
+
+@quick
+@given(st.data(), st.booleans())
+def test_advantages(data, normalize_std):
+    shape = data.draw(shapes)
+    # Rewards are ratios of points, so they come in steps; NaN stands for "no reward".
+    steps = data.draw(arrays(np.int32, shape, elements=st.integers(-200, 100)))
+    valid = data.draw(arrays(bool, shape))
+    rewards = np.where(valid, steps / np.float32(100), data.draw(st.sampled_from([0, np.nan, np.inf])))
+    actual = jax.jit(group_advantages, static_argnums=2)(rewards, valid, normalize_std)
+    assert actual.dtype == jnp.float32
+    expected = advantages_oracle(rewards.astype(np.float32), valid, normalize_std)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.where(valid, actual, 0).sum(-1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_advantages_without_variance_are_zero(normalize_std):
+    """Exactly: rounding of the mean must not pass for variance, whatever the reward and group size."""
+    for size in (1, 3, 7, 8):
+        rewards = np.repeat(np.linspace(-1, 1, 41, dtype=np.float32)[:, None], size, axis=1)
+        np.testing.assert_array_equal(group_advantages(rewards, normalize_std=normalize_std), 0)
+
+
+def test_advantages_by_hand():
+    rewards = np.array([[1.0, 0.0, 0.5, np.nan], [0.3, np.nan, np.nan, np.nan], [0.2, 0.7, 0.2, 0.7]])
+    valid = ~np.isnan(rewards)
+    half = np.sqrt(3) / 2  # 0.25 / std([.2, .7, .2, .7], ddof=1)
+    expected = [[1, -1, 0, 0], [0, 0, 0, 0], [-half, half, -half, half]]
+    np.testing.assert_allclose(group_advantages(rewards, valid), expected, atol=1e-5)
+    plain = [[0.5, -0.5, 0, 0], [0, 0, 0, 0], [-0.25, 0.25, -0.25, 0.25]]
+    np.testing.assert_allclose(group_advantages(rewards, valid, normalize_std=False), plain, atol=1e-6)
+
+
+@st.composite
+def objectives(draw, largest=5.0):
+    """Log-probabilities of both policies [N, G, L], advantages [N, G], bounds."""
+    shape = draw(shapes)
+    size = (*shape, 5)
+    old = draw(floats(size, -30, 0))
+    ratio = draw(floats(size, -largest, largest))
+    bounds = draw(st.sampled_from([(0.2, 0.28), (0.1, 0.1), (0.5, 2.0)]))
+    return old + ratio, old, draw(floats(shape, -3, 3)), bounds
+
+
+def grpo_oracle(logprobs, old, advantages, low, high):
+    log_ratio = np.float64(logprobs - old)  # the difference itself is float32 in both
+    ratio = np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
+    a = np.broadcast_to(advantages[..., None], ratio.shape).astype(np.float64)
+    loss = -np.minimum(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
+    cut_low, cut_high = (ratio < 1 - low) & (a < 0), (ratio > 1 + high) & (a > 0)
+    inside = np.abs(log_ratio) < LIMIT
+    gradient = np.where(cut_low | cut_high | ~inside, 0.0, -ratio * a)
+    at_a_bound = np.minimum(np.abs(ratio - 1 + low), np.abs(ratio - 1 - high)) < 1e-6
+    return loss, cut_low, cut_high, gradient, at_a_bound | (np.abs(log_ratio) == LIMIT)
+
+
+@jax.jit
+def grpo_and_gradients(logprobs, old, advantages, low, high):
+    def total(x, y):
+        out = grpo_loss(x, y, advantages, low, high)
+        return out[0].sum(), out
+
+    gradients, out = jax.grad(total, argnums=(0, 1), has_aux=True)(logprobs, old)
+    return out, gradients
+
+
+@quick
+@given(objectives() | objectives(largest=2000.0))
+def test_grpo(objective):
+    logprobs, old, advantages, (low, high) = objective
+    (loss, masks), (actual, to_old) = grpo_and_gradients(logprobs, old, advantages, low, high)
+    expected, cut_low, cut_high, gradient, ambiguous = grpo_oracle(logprobs, old, advantages, low, high)
+    assert loss.shape == logprobs.shape and loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
+    clear = ~ambiguous
+    np.testing.assert_array_equal(np.asarray(masks["clip_frac/low"])[clear], cut_low[clear])
+    np.testing.assert_array_equal(np.asarray(masks["clip_frac/high"])[clear], cut_high[clear])
+
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(np.asarray(actual)[clear], gradient[clear], rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(to_old, 0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.5, 1.0, -1.28, "high"),
+        (1.5, -1.0, 1.5, None),
+        (0.5, -1.0, 0.8, "low"),
+        (0.5, 1.0, -0.5, None),
+        (1.25, 1.0, -1.25, None),  # beyond the low bound's mirror image: the bounds are separate
+    ],
+)
+def test_grpo_clips_one_side(ratio, advantage, loss, clipped):
+    logprobs = jnp.log(jnp.full((1, 1, 1), ratio))
+    actual, masks = grpo_loss(logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), 0.2, 0.28)
+    np.testing.assert_allclose(actual[0, 0, 0], loss, rtol=1e-6)
+    assert [side for side in ("low", "high") if masks[f"clip_frac/{side}"].all()] == [clipped] * bool(clipped)
+
+
+def test_grpo_on_policy_gradient_is_reinforce():
+    logprobs, advantages = jnp.full((2, 3, 4), -1.7), jnp.arange(6.0).reshape(2, 3) - 2.5
+    gradient = jax.grad(lambda x: grpo_loss(x, logprobs, advantages)[0].sum())(logprobs)
+    np.testing.assert_allclose(gradient, -np.broadcast_to(advantages[..., None], (2, 3, 4)), rtol=1e-6)
+
+
+def kl_oracle(logprobs, reference, estimator):
+    """Values, and gradients by `logprobs`."""
+    d = np.float64(reference - logprobs)
+    if estimator == "k1":
+        return -d, np.ones_like(d)
+    if estimator == "k2":
+        return d**2 / 2, -d
+    e = np.minimum(d, LIMIT)
+    return np.expm1(e) - e, np.where(d < LIMIT, -np.expm1(e), 0.0)
+
+
+@partial(jax.jit, static_argnums=2)
+def kl_and_gradients(logprobs, reference, estimator):
+    def total(x, y):
+        values = kl_penalty(x, y, estimator)
+        return values.sum(), values
+
+    gradients, values = jax.grad(total, argnums=(0, 1), has_aux=True)(logprobs, reference)
+    return values, gradients
+
+
+@quick
+@given(objectives() | objectives(largest=2.0**-10) | objectives(largest=2000.0))
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl(estimator, objective):
+    logprobs, reference, _, _ = objective
+    values, (actual, to_reference) = kl_and_gradients(logprobs, reference, estimator)
+    assert values.shape == logprobs.shape and values.dtype == jnp.float32
+    expected, gradient = kl_oracle(logprobs, reference, estimator)
+    # expm1(d) - d cancels to about d^2 / 2 of the size of d.
+    rounding = 3e-7 * np.minimum(np.abs(reference - logprobs), 10)
+    assert (np.abs(values - expected) <= 1e-5 * np.abs(expected) + rounding).all()
+
+    clear = np.abs(reference - logprobs) != LIMIT
+    np.testing.assert_allclose(np.asarray(actual)[clear], gradient[clear], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(to_reference, 0)
+
+
+def test_kl_k3_never_pushes_away():
+    """However far the policy lies below the reference, no gradient step takes it further down."""
+    gradient = jax.grad(lambda x: kl_penalty(x, jnp.zeros(5)).sum())(-jnp.array([0.1, 5, 19, 21, 300.0]))
+    assert (gradient <= 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_kl_is_unbiased(estimator):
+    """The expectation over the policy, summed exactly, is the divergence."""
+    random = np.random.default_rng(0)
+    policy, reference = (np.asarray(jax.nn.log_softmax(x)) for x in random.standard_normal((2, 9)))
+    exact = (np.exp(policy) * (policy - reference)).sum()
+    values = np.asarray(kl_penalty(policy, reference, estimator))
+    np.testing.assert_allclose((np.exp(policy) * values).sum(), exact, rtol=1e-5)
+
+
+def test_kl_unknown_estimator():
+    with pytest.raises(ValueError, match="'k4' is not one of k1, k2, k3"):
+        kl_penalty(jnp.zeros(1), jnp.zeros(1), "k4")
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradients_by_finite_differences(estimator):
+    """The whole loss in float64 inputs, away from the bounds, central differences."""
+    random = np.random.default_rng(0)
+    old = -random.random((2, 2, 3)) * 3
+    reference = old + 0.3 * random.standard_normal(old.shape)
+    advantages = random.standard_normal((2, 2))
+    mask = random.random(old.shape) < 0.7
+
+    def objective(x):
+        per_token = grpo_loss(x, old, advantages)[0] + 0.1 * kl_penalty(x, reference, estimator)
+        return token_mean(per_token, mask)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(old + 0.1 * random.uniform(-1, 1, old.shape))
+        assert x.dtype == jnp.float64
+        gradient = np.asarray(jax.grad(objective)(x))
+        for index in np.ndindex(x.shape):
+            up, down = objective(x.at[index].add(1e-5)), objective(x.at[index].add(-1e-5))
+            np.testing.assert_allclose(gradient[index], (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+@quick
+@given(st.data())
+def test_token_mean(data):
+    shape = (*data.draw(shapes), 5)
+    values, mask = data.draw(floats(shape, -100, 100)), data.draw(arrays(bool, shape))
+    values = np.where(mask, values, np.float32(np.nan))  # padding may hold anything
+    chosen = values[mask].astype(np.float64)
+    mean = chosen.sum() / max(len(chosen), 1)
+    np.testing.assert_allclose(token_mean(values, mask), mean, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(token_mean(values, mask, total=50), chosen.sum() / 50, rtol=1e-5, atol=1e-4)
+
+
+def test_token_mean_of_microbatches_adds_up():
+    random = np.random.default_rng(0)
+    values, mask = random.standard_normal((4, 3, 7), np.float32), random.random((4, 3, 7)) < 0.5
+    parts = [token_mean(values[i : i + 1], mask[i : i + 1], total=mask.sum()) for i in range(4)]
+    np.testing.assert_allclose(sum(parts), token_mean(values, mask), rtol=1e-6)
+
+
+def test_imports_nothing_of_the_package():
+    code = "import srrl_jax.losses, sys; print(*sorted(m for m in sys.modules if m.startswith('srrl_jax')))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["srrl_jax", "srrl_jax.losses"]
