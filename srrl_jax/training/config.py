@@ -138,12 +138,14 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        o, r = self.optimizer, self.rollout
+        o, r, g = self.optimizer, self.rollout, self.grading
         least = {
             "steps": self.steps,
             "prompts_per_step": self.prompts_per_step,
             "group_size": self.group_size - 1,
-            "grading.tries": self.grading.tries,
+            "rollout.max_new_tokens": r.max_new_tokens,
+            "grading.max_new_tokens": g.max_new_tokens,
+            "grading.tries": g.tries,
             "optimizer.minibatches": o.minibatches,
             "optimizer.microbatch": o.microbatch,
             "checkpoint.every": self.checkpoint.every,
@@ -160,7 +162,19 @@ class TrainConfig:
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches "
                 f"x optimizer.microbatch ({o.minibatches} x {o.microbatch})"
             )
-        if not r.completion_buckets or r.completion_buckets[-1] != r.max_new_tokens:
+        tables = {
+            "rollout.prompt_buckets": r.prompt_buckets,
+            "rollout.completion_buckets": r.completion_buckets,
+            "rollout.rows": r.rows,
+            "grading.prefix_buckets": g.prefix_buckets,
+            "grading.criterion_buckets": g.criterion_buckets,
+            "grading.criteria_buckets": g.criteria_buckets,
+            "grading.rows": g.rows,
+        }
+        for key, sizes in tables.items():
+            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+                raise InputError(f"{key}: must be ascending sizes from 1 on, not {list(sizes)}")
+        if r.completion_buckets[-1] != r.max_new_tokens:
             raise InputError(
                 f"rollout.completion_buckets: the last must be rollout.max_new_tokens ({r.max_new_tokens})"
             )
@@ -171,11 +185,24 @@ class TrainConfig:
         if r.sampling.truncates:
             # Probabilities in the update are those of the whole distribution.
             raise InputError("rollout.sampling: top_k, top_p and min_p must be off; training needs log-probs")
-        for name in ("learning_rate", "warmup_steps", "weight_decay"):
-            if getattr(o, name) < 0:
-                raise InputError(f"optimizer.{name}: must not be negative")
-        if self.kl_coef < 0:
-            raise InputError("kl_coef: must not be negative")
+        # Written so that NaN is refused too.
+        not_negative = {
+            "seed": self.seed,
+            "kl_coef": self.kl_coef,
+            "loss.clip_low": self.loss.clip_low,
+            "loss.clip_high": self.loss.clip_high,
+            "optimizer.learning_rate": o.learning_rate,
+            "optimizer.warmup_steps": o.warmup_steps,
+            "optimizer.weight_decay": o.weight_decay,
+        }
+        for key, value in not_negative.items():
+            if not value >= 0:
+                raise InputError(f"{key}: must not be negative, not {value}")
+        for key, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
+            if not 0 <= value < 1:
+                raise InputError(f"{key}: must be from 0 to below 1, not {value}")
+        if not o.grad_clip > 0:
+            raise InputError(f"optimizer.grad_clip: must be above 0, not {o.grad_clip}")
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
@@ -189,6 +216,8 @@ class TrainConfig:
             values = yaml.safe_load(path.read_text())
         except FileNotFoundError:
             raise InputError(f"{path}: no such config file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as a config: {error}") from None
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML: {error}") from None
         if not isinstance(values, dict):
@@ -199,7 +228,10 @@ class TrainConfig:
             if not equals:
                 raise InputError(f"{override!r}: an override has the form key=value")
             nested: dict[str, Any] = {}
-            _put(nested, key.split("."), yaml.safe_load(text))
+            try:
+                _put(nested, key.split("."), yaml.safe_load(text))
+            except yaml.YAMLError as error:
+                raise InputError(f"{override!r}: the value is not valid YAML: {error}") from None
             _check_keys(cls, nested, where=override)
             values = _merge(values, nested)
         return cls.from_dict(values, where=str(path))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem, Verdict
+from srrl_jax.grading import Grader, GradingItem, Verdict, opened_thought
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example, load_template, score_response, visible_response
@@ -27,10 +27,17 @@ class Graded(NamedTuple):
 
 
 class Task(NamedTuple):
-    """An example with its prompt in tokens, and the number of its row, which its keys are folded from."""
+    """An example made ready.
+
+    Attributes:
+      prompt: its tokens.
+      opening: "<think>" where the chat template opens the thought, see `opened_thought`.
+      row: the number of its row, which its random keys are folded from.
+    """
 
     example: Example
     prompt: list[int]
+    opening: str
     row: int
 
 
@@ -44,7 +51,8 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
     grader = Grader(None, tokenizer, _template(config), thinking=g.thinking)
     tasks = []
     for row, example in enumerate(examples):
-        prompt = tokenizer.encode(tokenizer.render(list(example.prompt), thinking=r.thinking))
+        rendered = tokenizer.render(list(example.prompt), thinking=r.thinking)
+        prompt = tokenizer.encode(rendered)
         prefix, branches = grader.encode(GradingItem(example.prompt, "", example.rubrics))
         for key, what, size, sizes in (
             ("rollout.prompt_buckets", "the prompt", len(prompt), r.prompt_buckets),
@@ -62,7 +70,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
                     f"{source}: row {row + 1} ({example.prompt_id}): {what} takes {size}, over the "
                     f"largest of {key} ({sizes[-1]}); enlarge {key} or leave the row out"
                 )
-        tasks.append(Task(example, prompt, row))
+        tasks.append(Task(example, prompt, opened_thought(rendered), row))
     return tasks
 
 
@@ -125,19 +133,17 @@ class SelfRewarder:
         """Every completion against every criterion of its prompt, as one tree batch; then its reward."""
         texts = [[self.tokenizer.decode(c.tokens.tolist()) for c in group] for group in groups]
         items = [
-            GradingItem(task.example.prompt, visible_response(text), task.example.rubrics)
+            GradingItem(task.example.prompt, visible_response(task.opening + text), task.example.rubrics)
             for task, group in zip(tasks, texts, strict=True)
             for text in group
         ]
-        verdicts = iter(self.grader.grade(params, items, key, on_wave))
-        graded = []
-        for task, group in zip(tasks, texts, strict=True):
-            graded.append([])
-            for text in group:
-                row = next(verdicts)
-                reward = score_response(task.example.rubrics, [verdict.met for verdict in row])
-                graded[-1].append(Graded(text, visible_response(text), row, reward))
-        return graded
+        verdicts = self.grader.grade(params, items, key, on_wave)
+        flat = [
+            Graded(text, item.response, row, score_response(item.criteria, [v.met for v in row]))
+            for text, item, row in zip((t for g in texts for t in g), items, verdicts, strict=True)
+        ]
+        each = iter(flat)
+        return [[next(each) for _ in group] for group in groups]
 
 
 def rewards_of(graded: Sequence[Sequence[Graded]]) -> np.ndarray:

@@ -16,6 +16,8 @@ from srrl_jax.training.config import OptimizerConfig, TrainConfig
 
 def make_schedule(c: OptimizerConfig) -> optax.Schedule:
     """Learning rate by number of updates done: linear from 0 over the warm-up, then constant."""
+    if c.warmup_steps == 0:  # optax would hold a warm-up of no steps at its start, zero, for ever
+        return optax.schedules.constant_schedule(c.learning_rate)
     return optax.schedules.warmup_constant_schedule(0.0, c.learning_rate, c.warmup_steps)
 
 
@@ -75,7 +77,7 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         start = (jax.tree.map(jnp.zeros_like, params), dict.fromkeys(names, jnp.float32(0)), jnp.float32(0))
         (grads, means, gap), _ = jax.lax.scan(accumulate, start, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics = {**means, "logprob_diff/max": gap, "grad_norm": optax.global_norm(grads)}
+        metrics = {**means, "logprob_diff/max": gap, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return update
