@@ -1,0 +1,97 @@
+"""What the benchmarks share: threads, timing, and the roofline of this machine."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("ckpt", help="checkpoint directory; token ids are synthetic, so any will do")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--reps", type=int, default=3)
+    return parser
+
+
+def limit_threads(threads: int) -> None:
+    """Call before JAX is imported: XLA's pool takes the cores that it may run on."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def measure(run, reps: int) -> dict[str, float]:
+    """Runs once to compile, then `reps` times: seconds to compile, median seconds, their CPU seconds."""
+    start = time.perf_counter()
+    run(0)
+    first = time.perf_counter() - start
+    walls, cpus = [], []
+    for rep in range(1, reps + 1):
+        wall, cpu = time.perf_counter(), sum(os.times()[:2])
+        run(rep)
+        walls.append(time.perf_counter() - wall)
+        cpus.append(sum(os.times()[:2]) - cpu)
+    middle = sorted(range(reps), key=walls.__getitem__)[reps // 2]
+    return {"s": walls[middle], "cpu_s": cpus[middle], "compile_s": first - walls[middle]}
+
+
+class Roofline:
+    """Least seconds of a workload here: distinct tokens only, at the product peak and read bandwidth.
+
+    Both are measured now: float32 products of 2048 x 2048, and the sum of 512 MiB.
+    """
+
+    def __init__(self, ckpt: str):
+        import jax
+        import jax.numpy as jnp
+
+        c = json.loads((Path(ckpt) / "config.json").read_text())
+        hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
+        kv, ffn = c["num_key_value_heads"] * c["head_dim"], c["intermediate_size"]
+        self.attention = 4 * layers * heads * c["head_dim"]  # FLOPs of a token for each key
+        self.body = layers * hidden * (2 * heads * c["head_dim"] + 2 * kv + 3 * ffn)
+        self.head = c["vocab_size"] * hidden
+        self.key_bytes = layers * 2 * kv * 4
+
+        a, big = jnp.ones((2048, 2048)), jnp.ones(2**27)
+        product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
+        self.gemm = 2 * 2048**3 / _best(lambda: product(a).block_until_ready())
+        self.bandwidth = 2**29 / _best(lambda: total(big).block_until_ready())
+
+    def forward(self, tokens: int, context: float, heads: int) -> float:
+        """FLOPs of `tokens` with a mean `context`, `heads` of them unembedded."""
+        return tokens * (2 * self.body + self.attention * context) + 2 * heads * self.head
+
+    def prefill(self, tokens: int, context: float, heads: int) -> float:
+        """Seconds."""
+        return self.forward(tokens, context, heads) / self.gemm
+
+    def decode(self, rows: int, shared_rows: int, shared: int, own: int, steps: int) -> float:
+        """Seconds of `steps` tokens in `rows` branches of `shared_rows` prefixes of `shared` tokens.
+
+        A step reads the weights once, each prefix once, and what each branch holds of its own.
+        """
+        total = 0.0
+        for step in range(steps):
+            flops = self.forward(rows, shared + own + step, rows)
+            keys = shared_rows * shared + rows * (own + step)
+            read = 4 * (self.body + self.head) + keys * self.key_bytes
+            total += max(flops / self.gemm, read / self.bandwidth)
+        return total
+
+
+def _best(run, reps: int = 5) -> float:
+    run()
+    times = []
+    for _ in range(reps):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def report(bench: str, **numbers) -> None:
+    """One JSON line."""
+    print(json.dumps({"bench": bench} | {k: round(v, 4) for k, v in numbers.items()}), flush=True)
