@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from srrl_jax.data import step_rows
+from srrl_jax.errors import InputError
 from srrl_jax.losses import group_advantages
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
@@ -41,6 +42,9 @@ def train(config: TrainConfig) -> TrainState:
     tokenizer = load_tokenizer(config.model)
     tasks, held_out = load_tasks(config, tokenizer)
     mesh = make_mesh(config.mesh)
+    cut = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.optimizer.microbatch % cut:
+        raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp = {cut}")
     schedule, optimizer = make_schedule(config.optimizer), make_optimizer(config.optimizer)
     temperature = config.rollout.sampling.temperature
 

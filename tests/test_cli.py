@@ -1,0 +1,169 @@
+"""Bad input ends with one message on stderr and exit code 2, before anything is compiled."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from srrl_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs/demo.yaml"
+CHECKPOINT = ROOT / "srrl_jax/tinyworld/checkpoint"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs `srrl train` on the demo's recipe with overrides; returns its message on stderr."""
+    monkeypatch.chdir(ROOT)
+    compiled, listening = [], [True]
+
+    def listen(event, seconds, **_):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    def run(*overrides: str, config=DEMO) -> str:
+        run_dir = [] if any(o.startswith("run_dir=") for o in overrides) else [f"run_dir={tmp_path / 'run'}"]
+        monkeypatch.setattr(sys, "argv", ["srrl", "train", str(config), *run_dir, *overrides])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        assert exit.value.code == 2
+        assert captured.err.startswith("srrl: ") and captured.err.count("srrl: ") == 1
+        assert "Traceback" not in captured.err + captured.out
+        assert not compiled
+        return captured.err
+
+    yield run
+    listening.clear()
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the embedded checkpoint to spoil."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def row(**changes) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": "hello ."}],
+        "rubrics": [{"criterion": "greets the guest .", "points": 3}],
+        **changes,
+    }
+
+
+def rows(path: Path, *values: dict) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_bad_values(refused):
+    assert "unknown key 'optimizer.learning_rte'" in refused("optimizer.learning_rte=1")
+    assert "steps: Input should be a valid integer" in refused("steps=many")
+    assert "form key=value" in refused("steps")
+    assert "at least 2" in refused("group_size=1")
+    assert "asks for a multiple of 1024 devices" in refused("mesh.data=1024")
+
+
+def test_files_that_are_not_there(refused, tmp_path):
+    assert "no such config file" in refused(config=tmp_path / "none.yaml")
+    assert f"{tmp_path / 'none'}" in refused(f"model={tmp_path / 'none'}")
+    assert "none.jsonl: no such file" in refused(f"data.train={tmp_path / 'none.jsonl'}")
+    assert "none.txt" in refused(f"grading.template={tmp_path / 'none.txt'}")
+    assert "no tokenizer" in refused(f"model={tmp_path}")
+
+
+def test_a_run_directory_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "run_dir: cannot write" in refused(f"run_dir={tmp_path / 'file'}")
+
+
+def test_a_row_without_rubrics_is_named_by_file_and_line(refused, tmp_path):
+    bad = row(prompt=[{"role": "user", "content": "bye ."}])
+    del bad["rubrics"]
+    path = rows(tmp_path / "rows.jsonl", row(), bad)
+    assert f"srrl: {path}:2: no `rubrics`" in refused(f"data.train={path}", "data.eval=null")
+
+
+def test_rows_that_are_both_trained_on_and_held_out(refused):
+    easy = "srrl_jax/tinyworld/easy.jsonl"
+    assert "easy-0000" in refused(f"data.train={easy}", f"data.eval={easy}")
+
+
+def test_a_prompt_over_the_bucket_table(refused, tmp_path):
+    long = row(prompt=[{"role": "user", "content": "hello . " * 40}])
+    path = rows(tmp_path / "rows.jsonl", row(), long)
+    message = refused(f"data.train={path}", "data.eval=null")
+    assert f"{path}: row 2" in message and "enlarge rollout.prompt_buckets" in message
+
+
+def test_an_unsupported_model_type(refused, checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba"}))
+    message = refused(f"model={checkpoint}")
+    assert f"{path}: model_type 'mamba' is not supported" in message
+
+
+def test_a_missing_and_an_extra_tensor(refused, checkpoint):
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: x for name, x in tensors.items() if name != "model.norm.weight"}, file)
+    assert "lack tensor model.norm.weight" in refused(f"model={checkpoint}").replace("'", "")
+    save_file(tensors | {"model.adapter.weight": np.zeros(2, np.float32)}, file)
+    message = refused(f"model={checkpoint}")
+    assert "'model.adapter.weight' is not part of the network" in message and str(file) in message
+
+
+def test_buckets_beyond_the_positions_of_the_model(refused):
+    assert "max_position_embeddings 512" in refused("grading.prefix_buckets=[600]")
+
+
+def test_another_recipe_in_the_run_directory(refused, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "3").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(DEMO.read_text())
+    assert "holds a run of another recipe" in refused("kl_coef=0.5")
+
+
+def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["srrl", "report", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("srrl: ") and str(tmp_path / "none") in error
+
+
+def test_an_unexpected_error_is_not_swallowed(monkeypatch):
+    from srrl_jax.training import TrainConfig
+
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(TrainConfig, "load", fail)
+    monkeypatch.setattr(sys, "argv", ["srrl", "train", str(DEMO)])
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "configs/none.yaml"], "srrl: configs/none.yaml: no such config file"),
+        (["train", "configs/demo.yaml", "modle=x"], "did you mean 'model'?"),
+    ],
+)
+def test_the_installed_command(arguments, said):
+    command = Path(sys.executable).with_name("srrl")
+    result = subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,97 @@
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+DECLARED = {normal(re.match(r"[\w.-]+", line)[0]) for line in PROJECT["dependencies"]}
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level modules that the package imports, and the files that do."""
+    found: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "srrl_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: a relative import"
+                names = [node.module]
+            for name in names:
+                found.setdefault(name.partition(".")[0], set()).add(file.name)
+    return found
+
+
+def test_the_fixed_libraries_are_declared_and_used():
+    fixed = {
+        "jax": "jax",
+        "flax": "flax",
+        "optax": "optax",
+        "orbax-checkpoint": "orbax",
+        "transformers": "transformers",
+        "datasets": "datasets",
+        "sentencepiece": "sentencepiece",
+        "tensorflow-datasets": "tensorflow_datasets",
+    }
+    assert fixed.keys() <= DECLARED
+    assert set(fixed.values()) <= imported().keys()
+
+
+def test_every_import_is_of_a_declared_dependency():
+    providers = packages_distributions()
+    for name, files in imported().items():
+        if name in sys.stdlib_module_names or name == "srrl_jax":
+            continue
+        owners = {normal(owner) for owner in providers.get(name, [])}
+        assert owners & DECLARED, f"{name} ({', '.join(sorted(files))}) is of {owners or 'nothing installed'}"
+
+
+def test_rubrics_alone_import_neither_jax_nor_numpy():
+    script = (
+        "import sys, srrl_jax.rubrics; "
+        "print([m for m in ('jax', 'numpy', 'flax', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_rooms_can_be_reached_from_the_package():
+    import srrl_jax
+
+    for room in srrl_jax.__all__:
+        assert getattr(srrl_jax, room).__name__ == f"srrl_jax.{room}"
+
+
+def test_the_names_of_the_readme_example_exist():
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+
+
+def test_the_files_that_the_readme_names_exist():
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"\b(?:scripts|configs|srrl_jax)/[\w./]*\w", readme))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from srrl_jax.errors import InputError
+from srrl_jax.sampling import Completion
+from srrl_jax.training.batch import pack_groups, split_batch
+
+
+def completion(*tokens: int) -> Completion:
+    return Completion(np.array(tokens, np.int32), -0.1 * np.array(tokens, np.float32), False)
+
+
+PROMPTS = [[5, 6, 7], [8]]
+GROUPS = [[completion(1, 2), completion(3)], [completion(4, 5, 6), completion(9, 9)]]
+SCORED = np.array([[True, True], [False, True]])
+
+
+def test_prompts_and_completions_are_padded_to_the_buckets_that_hold_the_longest():
+    batch = pack_groups(PROMPTS, GROUPS, SCORED, (2, 4, 8), (3, 6))
+    assert batch.tree.prefix.shape == (2, 4) and batch.tree.branches.shape == (2, 2, 3)
+    assert batch.tree.prefix.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
+    assert batch.tree.prefix_lengths.tolist() == [3, 1]
+    assert batch.tree.branches.tolist() == [[[1, 2, 0], [3, 0, 0]], [[4, 5, 6], [9, 9, 0]]]
+    assert batch.tree.branch_lengths.tolist() == [[2, 1], [3, 2]]
+    assert batch.logprobs[0, 0] == pytest.approx([-0.1, -0.2, 0.0])
+    assert batch.advantages.shape == (2, 2) and not batch.advantages.any()
+    assert batch.reference_logprobs.shape == (2, 2, 3) and not batch.reference_logprobs.any()
+    assert batch.logprobs.dtype == batch.advantages.dtype == np.float32
+
+
+def test_the_mask_leaves_out_padding_and_completions_without_a_reward():
+    mask = pack_groups(PROMPTS, GROUPS, SCORED, (4,), (4,)).mask
+    assert mask.tolist() == [
+        [[True, True, False, False], [True, False, False, False]],
+        [[False] * 4, [True, True, False, False]],
+    ]
+
+
+def test_a_prompt_or_completion_over_the_buckets_is_refused():
+    with pytest.raises(InputError, match="prompt is 3 long"):
+        pack_groups(PROMPTS, GROUPS, SCORED, (2,), (4,))
+    with pytest.raises(InputError, match="completion is 3 long"):
+        pack_groups(PROMPTS, GROUPS, SCORED, (4,), (2,))
+
+
+@pytest.mark.parametrize(("minibatches", "microbatch"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_a_split_keeps_every_prompt_once_and_in_order(minibatches, microbatch):
+    prompts = [[row + 1] for row in range(4)]
+    groups = [[completion(row, 1), completion(row, 2)] for row in range(4)]
+    batch = pack_groups(prompts, groups, np.ones((4, 2), bool), (2,), (2,))
+    parts = split_batch(batch, minibatches, microbatch)
+    assert len(parts) == minibatches
+    for part in parts:
+        assert part.mask.shape == (4 // minibatches // microbatch, microbatch, 2, 2)
+        assert part.tree.prefix.shape == (*part.mask.shape[:2], 2)
+    rows = np.concatenate([part.tree.prefix[..., 0].ravel() for part in parts])
+    assert rows.tolist() == [1, 2, 3, 4]

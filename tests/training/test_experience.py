@@ -1,0 +1,102 @@
+"""Who judges in a run, and what the judge is shown."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from srrl_jax.grading import Grader, Verdict
+from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.sampling import Completion
+from srrl_jax.training import train
+from srrl_jax.training.experience import SelfRewarder, Task
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
+
+
+def values_of(params) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(params)])
+
+
+@pytest.fixture
+def judges(monkeypatch) -> dict[str, list[np.ndarray]]:
+    """Collects the weights that answer and the weights that judge, call by call."""
+    seen: dict[str, list[np.ndarray]] = {"rollout": [], "grade": []}
+    for name in seen:
+        method = getattr(SelfRewarder, name)
+
+        def spy(self, params, *rest, name=name, method=method):
+            seen[name].append(values_of(params))
+            return method(self, params, *rest)
+
+        monkeypatch.setattr(SelfRewarder, name, spy)
+    return seen
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a == b).all())
+
+
+@pytest.mark.parametrize("grader", ["policy", "frozen"])
+def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_first(
+    recipe, judges, tmp_path, grader
+):
+    train(recipe(tmp_path, "optimizer.warmup_steps=0", "kl_coef=0", f"grader={grader}"))
+    answers, grades = judges["rollout"], judges["grade"]
+    assert len(answers) == len(grades) == 2
+    assert not same(answers[0], answers[1])  # it learnt
+    assert same(grades[0], answers[0])
+    assert same(grades[1], answers[1] if grader == "policy" else answers[0])
+
+
+class Told(Grader):
+    """Keeps what it is asked to grade."""
+
+    def __init__(self):
+        self.items = []
+
+    def grade(self, params, items, key, on_wave=None):
+        self.items += items
+        return [[] for _ in items]
+
+
+@pytest.mark.parametrize(
+    ("opening", "completion", "shown"),
+    [
+        ("", "<think> i must be kind . </think> welcome .", "welcome ."),
+        ("<think>", "i must be kind . </think> welcome .", "welcome ."),
+        ("", "welcome .", "welcome ."),
+        ("", "<think> no end", ""),
+        ("<think>", "no end", ""),
+    ],
+)
+def test_thoughts_never_reach_the_grader(opening, completion, shown):
+    rewarder = SelfRewarder.__new__(SelfRewarder)
+    rewarder.tokenizer, rewarder.grader = load_tokenizer(CHECKPOINT), Told()
+    rewarder.tokenizer.decode = lambda ids: completion
+    example = Example(({"role": "user", "content": "hi"},), (), "id")
+    group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
+    ((graded,),) = rewarder.grade(None, [Task(example, [1], opening, 0)], [group], None, None)
+    (asked,) = rewarder.grader.items
+    assert asked.response == graded.response == shown
+    assert graded.text == completion and graded.reward is None
+
+
+def test_a_reward_comes_from_the_readable_verdicts_alone():
+    class Half(Grader):
+        def __init__(self):
+            pass
+
+        def grade(self, params, items, key, on_wave=None):
+            return [[Verdict(True, "", 1, 1), Verdict(None, "", 2, 2), Verdict(True, "", 1, 1)]]
+
+    rewarder = SelfRewarder.__new__(SelfRewarder)
+    rewarder.tokenizer, rewarder.grader = load_tokenizer(CHECKPOINT), Half()
+    rubrics = (Criterion("a", 4.0), Criterion("b", 100.0), Criterion("c", -1.0))
+    example = Example(({"role": "user", "content": "hi"},), rubrics, "id")
+    group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
+    ((graded,),) = rewarder.grade(None, [Task(example, [1], "", 0)], [group], None, None)
+    assert graded.reward == 0.75

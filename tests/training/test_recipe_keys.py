@@ -1,0 +1,333 @@
+"""Every key of the recipe is read and changes something: a table of all keys, each tried in a run."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srrl_jax.errors import InputError
+from srrl_jax.models import Qwen3
+from srrl_jax.sampling import Sampler
+from srrl_jax.training import TrainConfig, loop, train
+from srrl_jax.training.update import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
+
+# The second step has an update off its policy (two minibatches) and away from the reference.
+BASE = (
+    "kl_coef=0.1",
+    "optimizer.minibatches=2",
+    "optimizer.learning_rate=0.001",
+    "optimizer.weight_decay=0.1",
+    "optimizer.grad_clip=0.5",
+)
+EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
+
+
+class Seen(NamedTuple):
+    """What a run shows of itself."""
+
+    metrics: list[dict]
+    samples: list[dict]
+    params: list[np.ndarray]
+    checkpoints: list[int]
+    waves: set[tuple[int, int, int, int]]
+    batches: list[Any]
+    run_dir: Path
+
+
+# ---- what a key may change: functions of the run without and the run with the other value
+
+
+def results(one: Seen, other: Seen) -> bool:
+    """What was sampled, graded or learnt."""
+    return (one.samples, one.metrics) != (other.samples, other.metrics)
+
+
+def samples(one: Seen, other: Seen) -> bool:
+    return one.samples[:4] != other.samples[:4]
+
+
+def grades_only(one: Seen, other: Seen) -> bool:
+    """The first step's verdicts or tries, of the very same completions."""
+    assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
+    return one.samples[:4] != other.samples[:4]
+
+
+def learning(one: Seen, other: Seen) -> bool:
+    """The weights at the end, from the same experience in the first step."""
+    assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
+    return any((a != b).any() for a, b in zip(one.params, other.params, strict=True))
+
+
+def same_step(one: Seen, other: Seen) -> None:
+    """The first step agrees to rounding (later ones may drift: Adam amplifies rounding)."""
+    assert one.samples[:4] == other.samples[:4]
+    a, b = ({k: v for k, v in seen.metrics[0].items() if k != "logprob_diff/max"} for seen in (one, other))
+    assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def shapes(one: Seen, other: Seen) -> bool:
+    """What is sampled at one time, and nothing else."""
+    same_step(one, other)
+    return one.waves != other.waves
+
+
+def update_shapes(one: Seen, other: Seen) -> bool:
+    same_step(one, other)
+    return [b.mask.shape for b in one.batches] != [b.mask.shape for b in other.batches]
+
+
+def clipping(name: str) -> Callable[[Seen, Seen], bool]:
+    return lambda one, other: other.metrics[1][name] > one.metrics[1][name]
+
+
+def metric(name: str) -> Callable[[Seen, Seen], bool]:
+    return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
+
+
+def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
+    def check(one, other):
+        same_step(one, other)
+        return other.checkpoints == list(steps) != one.checkpoints
+
+    return check
+
+
+def eval_lines(steps: list[int], rows: int) -> Callable[[Seen, Seen], bool]:
+    """At which steps held-out rows are graded, and how many of their samples a time."""
+
+    def check(one, other):
+        at = [
+            [(m["step"], sum(s["split"] == "eval" and s["step"] == m["step"] for s in seen.samples))
+             for m in seen.metrics if "eval/self" in m]
+            for seen in (one, other)
+        ]  # fmt: skip
+        return at[1] == [(step, rows) for step in steps] != at[0]
+
+    return check
+
+
+def lines(count: int) -> Callable[[Seen, Seen], bool]:
+    return lambda one, other: len(other.metrics) == count != len(one.metrics)
+
+
+def per_step(prompts: int, group: int) -> Callable[[Seen, Seen], bool]:
+    def check(one, other):
+        step = [s for s in other.samples if s["step"] == 1]
+        return len({s["prompt_id"] for s in step}) == prompts and len(step) == prompts * group
+
+    return check
+
+
+class Key(NamedTuple):
+    """Another value, what it must change, and what is set beside it in both runs."""
+
+    value: str
+    changes: Callable[[Seen, Seen], bool]
+    given: tuple[str, ...] = ()
+
+
+HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
+SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
+
+KEYS = {
+    "model": Key("{random}", samples),
+    "data.train": Key(f"{WORLD / 'hard.jsonl'}", samples),
+    "data.eval": Key(f"{WORLD / 'hard.jsonl'}", eval_lines([0, 2], 2), ("eval.rows=2",)),
+    "steps": Key("1", lines(1)),
+    "seed": Key("1", samples),
+    "prompts_per_step": Key("4", per_step(4, 2)),
+    "group_size": Key("3", per_step(2, 3)),
+    "grader": Key("frozen", results, ("optimizer.learning_rate=0.01",)),
+    "kl_coef": Key("0.5", learning),
+    "dtype": Key("bfloat16", metric("loss")),
+    "rollout.max_new_tokens": Key("12", samples, ("rollout.completion_buckets=[{max_new_tokens}]",)),
+    "rollout.prompt_buckets": Key("[27, 36]", shapes),
+    "rollout.completion_buckets": Key("[56, 64]", update_shapes),
+    "rollout.rows": Key("[1]", shapes),
+    "rollout.thinking": Key("true", samples, ("model={thinking}",)),
+    "rollout.sampling.temperature": Key("0.5", samples),
+    "grading.max_new_tokens": Key("3", grades_only),
+    "grading.prefix_buckets": Key("[72, 120]", shapes),
+    "grading.criterion_buckets": Key("[13, 16]", shapes),
+    "grading.criteria_buckets": Key("[6, 8]", shapes),
+    "grading.template": Key("{template}", grades_only),
+    "grading.rows": Key("[3]", shapes),
+    "grading.tries": Key("1", grades_only, SHORT),
+    "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
+    "grading.sampling.temperature": Key("3.0", grades_only),
+    "grading.sampling.top_k": Key("2", grades_only, HOT),
+    "grading.sampling.top_p": Key("0.5", grades_only, HOT),
+    "grading.sampling.min_p": Key("0.5", grades_only, HOT),
+    "loss.clip_low": Key("0.0001", clipping("clip_frac/low")),
+    "loss.clip_high": Key("0.0001", clipping("clip_frac/high")),
+    "loss.normalize_std": Key("false", learning),
+    "loss.kl_estimator": Key("k2", metric("kl")),
+    "optimizer.learning_rate": Key("0.002", learning),
+    "optimizer.minibatches": Key("1", lambda one, other: len(one.batches) == 2 * len(other.batches)),
+    "optimizer.microbatch": Key("2", update_shapes, ("optimizer.minibatches=1",)),
+    "checkpoint.every": Key("1", kept(1, 2)),
+    "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
+    "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
+    "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
+    "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
+}  # fmt: skip
+
+# Of AdamW: tried without a run, which shows by the learning rate that it uses this optimizer.
+OPTIMIZER = {
+    "optimizer.warmup_steps": "0",
+    "optimizer.weight_decay": "0.5",
+    "optimizer.beta1": "0.5",
+    "optimizer.beta2": "0.9",
+    "optimizer.grad_clip": "10",
+}
+
+# Keys with a test of their own below; remat's is in test_update.py.
+ELSEWHERE = {
+    "run_dir",
+    "rollout.sampling.top_k",
+    "rollout.sampling.top_p",
+    "rollout.sampling.min_p",
+    "optimizer.remat",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+}
+
+
+def leaves(kind, path: str = "") -> set[str]:
+    names = set()
+    for field in dataclasses.fields(kind):
+        nested = dataclasses.is_dataclass(field.type)
+        names |= leaves(field.type, f"{path}{field.name}.") if nested else {path + field.name}
+    return names
+
+
+def test_the_table_has_every_key_of_the_recipe():
+    names = [*KEYS, *OPTIMIZER, *ELSEWHERE]
+    assert sorted(leaves(TrainConfig)) == sorted(names)
+
+
+@pytest.fixture(scope="module")
+def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
+    """Files that values of the table stand for."""
+    directory = tmp_path_factory.mktemp("files")
+    (directory / "template.txt").write_text("hello .\n\n{conversation}\n\nwhat of {criterion}")
+    # The embedded network with other weights: the same shapes, so nothing compiles anew.
+    model = Qwen3.from_pretrained(WORLD / "checkpoint")
+    model.norm.weight[...] = 0.5 * model.norm.weight[...]
+    for file in asked_to_think.iterdir():
+        (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
+    model.save_pretrained(directory)
+    return {
+        "thinking": str(asked_to_think),
+        "template": str(directory / "template.txt"),
+        "random": str(directory),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(recipe, logs, places, tmp_path_factory):
+    """Runs BASE with overrides, each set of them once."""
+    done: dict[tuple[str, ...], Seen] = {}
+
+    def once(*overrides: str) -> Seen:
+        if overrides in done:
+            return done[overrides]
+        run_dir = tmp_path_factory.mktemp("run")
+        waves, batches = set(), []
+        sample, split = Sampler._run, loop.split_batch
+
+        def spy_sample(self, params, wave, *rest):
+            waves.add((wave.rows, wave.prefix, wave.fan_out, wave.branch))
+            return sample(self, params, wave, *rest)
+
+        def spy_split(*args):
+            batches.extend(split(*args))
+            return split(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sampler, "_run", spy_sample)
+            patch.setattr(loop, "split_batch", spy_split)
+            state = train(recipe(run_dir, *BASE, *overrides))
+        steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+        params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+        done[overrides] = Seen(*logs(run_dir), params, steps, waves, batches, run_dir)
+        return done[overrides]
+
+    return once
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_changes_what_it_should(key, run, places):
+    value, changes, given = KEYS[key]
+
+    def fill(override: str, tokens: str) -> str:
+        return override.format(**places, max_new_tokens=tokens)
+
+    one = run(*[fill(override, "64") for override in given])
+    other = run(*[fill(override, value) for override in given], fill(f"{key}={value}", value))
+    assert changes(one, other)
+
+
+@pytest.mark.parametrize("key", OPTIMIZER)
+def test_a_key_of_the_optimizer_changes_its_steps(key, recipe):
+    def weights(*overrides):
+        optimizer = make_optimizer(recipe("unused", *BASE, *overrides).optimizer)
+        w = jnp.array([1.0, -2.0])
+        state = optimizer.init(w)
+        for gradient in ([0.3, 0.4], [-3.0, 4.0], [0.5, 0.1]):
+            updates, state = optimizer.update(jnp.array(gradient), state, w)
+            w = w + updates
+        return w.tolist()
+
+    assert weights(f"{key}={OPTIMIZER[key]}") != weights() == weights()
+
+
+def test_two_runs_of_one_recipe_are_the_same(recipe, logs, run, tmp_path):
+    """Without this, a difference in the table above would tell nothing."""
+    one = run()
+    train(recipe(tmp_path, *BASE))
+    assert logs(tmp_path) == (one.metrics, one.samples)
+
+
+def test_run_dir_is_where_everything_is_written(run):
+    one, other = run(), run("seed=1")
+    assert one.run_dir != other.run_dir
+    names = {path.name for path in one.run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= names
+
+
+@pytest.mark.parametrize("override", ["top_k=5", "top_p=0.9", "min_p=0.1"])
+def test_truncated_sampling_of_rollouts_is_refused(recipe, tmp_path, override):
+    """Log-probabilities are those of the whole distribution, so training could not use the samples."""
+    with pytest.raises(InputError, match=r"rollout\.sampling"):
+        recipe(tmp_path, f"rollout.sampling.{override}")
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+def test_mesh_asks_for_devices(recipe, tmp_path, axis):
+    sizes = dict.fromkeys(("data", "fsdp", "tensor"), 1) | {axis: 1024}
+    with pytest.raises(InputError, match=rf"'{axis}': 1024.*but there are"):
+        train(recipe(tmp_path, *[f"mesh.{name}={size}" for name, size in sizes.items()]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rollout.prompt_buckets", "[12]"),
+        ("grading.prefix_buckets", "[48]"),
+        ("grading.criterion_buckets", "[8]"),
+        ("grading.criteria_buckets", "[3]"),
+    ],
+)
+def test_a_row_over_the_bucket_table_is_refused(recipe, tmp_path, key, value):
+    with pytest.raises(InputError, match=rf"easy\.jsonl: row 1 \(easy-0000\): .* enlarge {key}"):
+        train(recipe(tmp_path, *BASE, f"{key}={value}"))

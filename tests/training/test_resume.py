@@ -1,0 +1,146 @@
+"""A run that was stopped, at its end or in the midst of a step, goes on as if it had not been."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from srrl_jax.errors import InputError
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.training import train
+from srrl_jax.training.checkpoint import Checkpoints
+from srrl_jax.training.run import open_run
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = (
+    f"data.eval={ROOT / 'srrl_jax/tinyworld/hard.jsonl'}",
+    "eval.rows=2",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "checkpoint.keep=5",
+    "optimizer.minibatches=2",
+    "optimizer.learning_rate=0.001",
+    "kl_coef=0.1",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    return run_dir, train(recipe(run_dir, *RECIPE, "steps=4"))
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, logs, uninterrupted, tmp_path):
+    run_dir, state = uninterrupted
+    train(recipe(tmp_path, *RECIPE, "steps=2"))
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    resumed = train(recipe(tmp_path, *RECIPE, "steps=4"))
+    assert logs(tmp_path) == logs(run_dir)
+    assert_same_weights(resumed, state)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, logs, uninterrupted, program_cache, tmp_path):
+    """SIGKILL in step 4, when the log already has step 3 and the last checkpoint is of step 2."""
+    config = recipe(tmp_path, *RECIPE, "steps=4")
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(config.to_dict()))
+    child = """
+import sys, time
+import jax
+from srrl_jax.training import TrainConfig, loop, train
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+write = loop.RunLog.write
+def slow(self, step, *rest):
+    write(self, step, *rest)
+    time.sleep(600 if step == 3 else 0)
+loop.RunLog.write = slow
+train(TrainConfig.load(sys.argv[1]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", child, str(recipe_file), str(program_cache)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    metrics, checkpoint = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "2"
+    try:
+        end = time.monotonic() + 240
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") == 4 and checkpoint.exists()):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < end, "the child did not come to step 3"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 4, "rew')  # a line cut short by the kill
+
+    run_dir, state = uninterrupted
+    resumed = train(config)
+    assert logs(tmp_path) == logs(run_dir)
+    assert_same_weights(resumed, state)
+
+
+def test_a_checkpoint_holds_weights_optimizer_and_position(recipe, uninterrupted):
+    run_dir, state = uninterrupted
+    config = recipe(run_dir, *RECIPE, "steps=4")
+    with Checkpoints(run_dir, config.checkpoint) as checkpoints:
+        assert checkpoints.latest() == 4
+        assert checkpoints.position(2) == {"step": 2, "seed": 0, "row": 4}
+        assert checkpoints.position(4) == {"step": 4, "seed": 0, "row": 8}
+        stored = checkpoints.restore(4, like=state)
+        earlier = checkpoints.restore(2, like=state)
+    assert_same_weights(stored, state)
+    with pytest.raises(AssertionError):
+        assert_same_weights(earlier.params, state.params)
+    counts = [int(leaf) for leaf in jax.tree.leaves(stored.opt_state) if leaf.ndim == 0]
+    assert set(counts) == {8}  # two minibatches a step
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("optimizer.learning_rate=0.5", "optimizer.learning_rate was 0.001, now 0.5"),
+        ("seed=3", "seed was 0, now 3"),
+        ("grading.tries=1", "grading.tries was 2, now 1"),
+    ],
+)
+def test_another_recipe_is_refused_with_its_difference(recipe, logs, uninterrupted, override, difference):
+    run_dir, _ = uninterrupted
+    before = logs(run_dir), (run_dir / "config.yaml").read_text()
+    with pytest.raises(InputError) as error:
+        train(recipe(run_dir, *RECIPE, "steps=4", override))
+    assert f"{run_dir} holds a run of another recipe: {difference}. " in str(error.value)
+    assert (logs(run_dir), (run_dir / "config.yaml").read_text()) == before
+
+
+def test_a_run_without_a_checkpoint_may_change_its_recipe(recipe, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    config = recipe(tmp_path, *RECIPE)
+    open_run(config)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict()
+
+
+def test_a_finished_run_is_left_as_it_is(recipe, uninterrupted):
+    run_dir, state = uninterrupted
+    files = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
+    before = [file.read_bytes() for file in files]
+    again = train(recipe(run_dir, *RECIPE, "steps=4"))
+    assert [file.read_bytes() for file in files] == before
+    assert_same_weights(again, state)

@@ -1,0 +1,196 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srrl_jax.errors import InputError
+from srrl_jax.training import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs/demo.yaml"
+
+
+def refused(*overrides: str, path=DEMO) -> str:
+    with pytest.raises(InputError) as error:
+        TrainConfig.load(path, list(overrides))
+    return str(error.value)
+
+
+def write(tmp_path, change) -> Path:
+    values = yaml.safe_load(DEMO.read_text())
+    change(values)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_repository_loads_and_survives_a_round_trip(path):
+    config = TrainConfig.load(path)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_overrides_replace_one_value_each_and_leave_the_others():
+    base = TrainConfig.load(DEMO)
+    config = TrainConfig.load(
+        DEMO, ["steps=7", "rollout.sampling.temperature=0.8", "data.eval=null", "grading.rows=[2, 4]"]
+    )
+    assert (config.steps, config.rollout.sampling.temperature, config.data.eval) == (7, 0.8, None)
+    assert config.grading.rows == (2, 4)
+    assert config.data.train == base.data.train and config.rollout.prompt_buckets == (36,)
+
+
+def test_a_later_override_wins():
+    assert TrainConfig.load(DEMO, ["steps=7", "steps=8"]).steps == 8
+
+
+def test_numbers_in_scientific_notation_without_a_dot_are_numbers():
+    assert TrainConfig.load(DEMO, ["optimizer.learning_rate=3e-4"]).optimizer.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("step", "steps"),
+        ("optimizer.learning_rte", "optimizer.learning_rate"),
+        ("rollout.sampling.temprature", "rollout.sampling.temperature"),
+        ("modle", "model"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
+    message = refused(f"{key}=1")
+    assert message.startswith(f"{key}=1: unknown key {key!r}; did you mean {nearest!r}?")
+
+    def misspell(values):
+        *path, name = key.split(".")
+        for part in path:
+            values = values.setdefault(part, {})
+        values[name] = 1
+
+    path = write(tmp_path, misspell)
+    assert refused(path=path) == f"{path}: unknown key {key!r}; did you mean {nearest!r}?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_there_is():
+    assert "known: train, eval" in refused("data.xyzzy=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=many", "steps: Input should be a valid integer"),
+        ("steps=1.5", "steps: Input should be a valid integer"),
+        ("kl_coef=[1]", "kl_coef: Input should be a valid number"),
+        ("optimizer=3", "optimizer: "),
+        ("optimizer=null", "optimizer: "),
+        ("rollout.prompt_buckets=36", "rollout.prompt_buckets: "),
+        ("rollout.prompt_buckets=[a]", "rollout.prompt_buckets.0: "),
+        ("rollout.thinking=perhaps", "rollout.thinking: "),
+        ("steps.more=3", "steps: "),
+        ("grader=teacher", "grader: Input should be 'policy' or 'frozen'"),
+        ("dtype=float16", "dtype: Input should be 'float32' or 'bfloat16'"),
+        ("loss.kl_estimator=k4", "loss.kl_estimator: Input should be 'k1', 'k2' or 'k3'"),
+    ],
+)
+def test_a_wrong_type_names_the_key_and_the_value(override, said):
+    message = refused(override)
+    assert said in message and str(DEMO) in message and ", not " in message
+
+
+@pytest.mark.parametrize("key", ["model", "steps", "data.train", "rollout.max_new_tokens", "grading"])
+def test_a_missing_key_is_named(tmp_path, key):
+    def drop(values):
+        *path, name = key.split(".")
+        for part in path:
+            values = values[part]
+        del values[name]
+
+    assert f"{key}: Field required" in refused(path=write(tmp_path, drop))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [", "not valid YAML"), ("- 1\n", "mapping"), ("", "mapping"), (b"\xff\xfe", "cannot be read")],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refused(path=path)
+    assert message.startswith(f"{path}: ") and said in message
+
+
+def test_a_path_without_a_file_is_named(tmp_path):
+    assert refused(path=tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: no such config file"
+    assert str(tmp_path) in refused(path=tmp_path)
+
+
+def test_an_override_must_be_a_key_and_a_yaml_value():
+    assert "'steps': an override has the form key=value" in refused("steps")
+    assert "'steps=[': the value is not valid YAML" in refused("steps=[")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps=0",
+        "prompts_per_step=0",
+        "group_size=1",
+        "seed=-1",
+        "kl_coef=-0.1",
+        "kl_coef=.nan",
+        "rollout.max_new_tokens=0",
+        "rollout.prompt_buckets=[]",
+        "rollout.prompt_buckets=[36, 20]",
+        "rollout.completion_buckets=[32]",
+        "rollout.completion_buckets=[]",
+        "rollout.rows=[0]",
+        "rollout.sampling.temperature=0",
+        "rollout.sampling.top_k=5",
+        "rollout.sampling.top_p=0.9",
+        "rollout.sampling.min_p=0.1",
+        "grading.max_new_tokens=0",
+        "grading.prefix_buckets=[]",
+        "grading.criterion_buckets=[16, 16]",
+        "grading.criteria_buckets=[]",
+        "grading.rows=[]",
+        "grading.tries=0",
+        "grading.sampling.temperature=-1",
+        "grading.sampling.top_k=-1",
+        "grading.sampling.top_p=0",
+        "grading.sampling.min_p=2",
+        "loss.clip_low=-0.1",
+        "loss.clip_high=-0.1",
+        "optimizer.learning_rate=-1",
+        "optimizer.learning_rate=.nan",
+        "optimizer.warmup_steps=-1",
+        "optimizer.weight_decay=-1",
+        "optimizer.beta1=1",
+        "optimizer.beta2=-0.5",
+        "optimizer.grad_clip=0",
+        "optimizer.minibatches=0",
+        "optimizer.microbatch=0",
+        "optimizer.microbatch=5",
+        "optimizer.minibatches=3",
+        "checkpoint.every=0",
+        "checkpoint.keep=0",
+        "eval.every=0",
+        "eval.rows=0",
+        "eval.samples=0",
+        "mesh.data=0",
+        "mesh.tensor=-1",
+    ],
+)
+def test_a_value_out_of_range_names_its_key(override):
+    key = override.partition("=")[0]
+    message = refused(override)
+    if key.startswith("mesh"):
+        assert "mesh: sizes must be positive" in message
+    else:
+        *room, name = key.split(".")
+        assert re.search(rf"\b{name}\b", message) and ".".join(room) in message
+
+
+def test_group_sizes_from_two_on_are_accepted():
+    assert TrainConfig.load(DEMO, ["group_size=2"]).group_size == 2

@@ -1,0 +1,184 @@
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from srrl_jax.sampling import Buckets, Sampler
+from srrl_jax.training import loop, train
+from srrl_jax.training.batch import pack_groups, split_batch
+from srrl_jax.training.config import OptimizerConfig
+from srrl_jax.training.update import completion_logprobs, make_optimizer, make_schedule, make_update
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SGD = optax.sgd(1.0)  # whose step is the gradient
+PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12]]
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    """Four prompts with two sampled completions each, one of which has no reward."""
+    _, params, model = tiny
+    sampler = Sampler(model, Buckets(prefix=(4,), fan_out=(2,), rows=(4,)), new_tokens=8, stop_ids=(0, 1, 2))
+    groups = sampler.generate(params, PROMPTS, [[[]] * 2] * 4, jax.random.key(0))
+    scored = np.ones((4, 2), bool)
+    scored[2, 1] = False
+    advantages = np.array([[1.0, -1.0], [-0.5, 0.5], [0.7, 0.0], [-2.0, 2.0]], np.float32)
+    return pack_groups(PROMPTS, groups, scored, (4,), (8,))._replace(advantages=advantages)
+
+
+@pytest.fixture(scope="module")
+def learn(tiny, recipe):
+    """One update: (batch, *overrides, microbatch, optimizer) -> its change of the weights, its metrics."""
+    graphdef, params, _ = tiny
+    updates = {}
+
+    def one(batch, *overrides: str, microbatch: int = 4, optimizer=SGD):
+        if (overrides, optimizer) not in updates:
+            updates[overrides, optimizer] = make_update(
+                graphdef, recipe("unused", "kl_coef=0", *overrides), optimizer
+            )
+        (part,) = split_batch(batch, 1, microbatch)
+        copy = jax.tree.map(jnp.copy, params)
+        new, _, metrics = updates[overrides, optimizer](copy, optimizer.init(copy), part)
+        change = jax.tree.map(lambda a, b: np.asarray(a - b), new, params)
+        return change, {name: float(value) for name, value in metrics.items()}
+
+    return one
+
+
+def assert_close(one, other, tolerance=1e-5):
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(one))
+    assert scale > 0
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+def test_four_microbatches_of_one_prompt_equal_one_of_four(batch, learn):
+    whole, metrics = learn(batch, microbatch=4)
+    parts, more = learn(batch, microbatch=1)
+    assert_close(whole, parts)
+    assert metrics == pytest.approx(more, rel=1e-4, abs=1e-6)
+
+
+def test_remat_changes_no_gradient(batch, learn):
+    assert_close(
+        learn(batch, "optimizer.remat=false")[0], learn(batch, "optimizer.remat=true", microbatch=4)[0]
+    )
+
+
+def test_remat_is_in_the_program_only_when_asked(batch, tiny, recipe):
+    graphdef, params, _ = tiny
+    (part,) = split_batch(batch, 1, 1)
+    recomputed = {}
+    for remat in ("false", "true"):
+        update = make_update(graphdef, recipe("unused", f"optimizer.remat={remat}"), SGD)
+        program = str(jax.make_jaxpr(update)(params, SGD.init(params), part))
+        recomputed[remat] = program.count("prevent_cse")  # a parameter of jax.checkpoint's primitive
+    assert recomputed["true"] > recomputed["false"]
+
+
+def test_a_completion_without_a_reward_teaches_nothing(batch, learn):
+    change, metrics = learn(batch)
+    other = jax.tree.map(np.copy, batch)
+    other.tree.branches[2, 1] = 33
+    other.logprobs[2, 1] = -9.0
+    other.advantages[2, 1] = 100.0
+    other_change, other_metrics = learn(other)
+    assert_close(change, other_change, tolerance=0)
+    assert metrics == other_metrics
+
+    counted = other._replace(mask=np.arange(8) < other.tree.branch_lengths[..., None])
+    assert learn(counted)[1]["loss"] != metrics["loss"]
+
+
+def test_padding_teaches_nothing(batch, learn):
+    other = jax.tree.map(np.copy, batch)
+    prefix_padding = np.arange(4) >= other.tree.prefix_lengths[:, None]
+    branch_padding = np.arange(8) >= other.tree.branch_lengths[..., None]
+    assert prefix_padding.any() and branch_padding.any()
+    other.tree.prefix[prefix_padding] = 50
+    other.tree.branches[branch_padding] = 51
+    assert_close(learn(batch)[0], learn(other)[0], tolerance=1e-6)
+
+
+def test_the_policy_that_samples_is_the_one_that_learns(batch, learn):
+    assert learn(batch)[1]["logprob_diff/max"] < 1e-4
+
+
+def test_kl_adds_its_coefficient_times_the_mean_to_the_loss(batch, learn, tiny):
+    graphdef, params, _ = tiny
+    shifted = jax.tree.map(lambda x: x * 1.3, params)
+    (part,) = split_batch(batch, 1, 4)
+    reference = np.asarray(completion_logprobs(graphdef, shifted, part, 1.0))
+    with_reference = batch._replace(reference_logprobs=reference.reshape(batch.logprobs.shape))
+    _, without = learn(with_reference)
+    assert without["kl"] == 0
+    kl = {}
+    for estimator in ("k1", "k2", "k3"):
+        _, metrics = learn(with_reference, "kl_coef=0.25", f"loss.kl_estimator={estimator}")
+        assert metrics["kl"] != 0
+        assert metrics["loss"] == pytest.approx(without["loss"] + 0.25 * metrics["kl"], abs=1e-6)
+        kl[estimator] = metrics["kl"]
+    assert kl["k2"] > 0 and kl["k3"] > 0 and len(set(kl.values())) == 3
+
+    _, at_start = learn(batch._replace(reference_logprobs=batch.logprobs), "kl_coef=0.25")
+    assert abs(at_start["kl"]) < 1e-6
+
+
+def test_the_first_update_moves_a_completion_the_way_of_its_advantage(batch, learn, tiny):
+    """Through the recipe's own optimizer, without a warm-up; one completion at a time."""
+    graphdef, params, _ = tiny
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0))
+    (part,) = split_batch(batch, 1, 4)
+    before = completion_logprobs(graphdef, params, part, 1.0)
+    for place in [(0, 0), (1, 1), (3, 0)]:
+        for sign in (1.0, -1.0):
+            advantages = np.zeros((4, 2), np.float32)
+            advantages[place] = sign
+            change, _ = learn(batch._replace(advantages=advantages), optimizer=optimizer)
+            after = completion_logprobs(graphdef, jax.tree.map(jnp.add, params, change), part, 1.0)
+            moved = np.where(part.mask, after - before, 0.0).sum(-1)[0]
+            assert moved[place] * sign > 0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rates"), [(0, [0.5, 0.5, 0.5]), (1, [0.0, 0.5, 0.5]), (2, [0.0, 0.25, 0.5])]
+)
+def test_the_learning_rate_warms_up_and_stays(warmup, rates):
+    schedule = make_schedule(OptimizerConfig(learning_rate=0.5, warmup_steps=warmup))
+    assert [float(schedule(update)) for update in range(3)] == pytest.approx(rates)
+
+
+@contextlib.contextmanager
+def compilations():
+    """Lists the seconds of every program that is compiled meanwhile."""
+    seen, listening = [], [True]
+
+    def listen(event, seconds, **_):
+        if listening and event == "/jax/core/compile/backend_compile_duration":
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        listening.clear()
+
+
+def test_nothing_compiles_after_the_second_step(recipe, tmp_path, monkeypatch):
+    with compilations() as seen:
+        counts, rows = [], loop.step_rows
+
+        def spy(*args):
+            counts.append(len(seen))
+            return rows(*args)
+
+        monkeypatch.setattr(loop, "step_rows", spy)
+        train(recipe(tmp_path, "steps=5", "checkpoint.every=1", "optimizer.minibatches=2"))
+        counts.append(len(seen))
+    assert counts[1] > counts[0]  # the listener hears
+    assert counts[2:] == [counts[2]] * 4
