@@ -96,6 +96,8 @@ def train_tokenizer(directory: str | Path = CHECKPOINT) -> None:
         "eos_token": END,
         "model_max_length": 512,
         "pad_token": PAD,
+        # config.json says qwen3, whose tokenizer class transformers would else take.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": "<unk>",
     }
     text = json.dumps(config, indent=2) + "\n"
