@@ -18,12 +18,25 @@ class Segment(NamedTuple):
 
     Shapes: `k`, `v` [N, K, B or 1, S, D], where size 1 means shared by the row's branches, in
     one layer; a stack of all layers has a leading axis [layers, ...]. `mask` is bool, broadcastable to
-    [N, B, T, S], true where a query may look.
+    [N, B, T, S], true where a query may look. `positions` of the keys, int broadcastable to [N, B, S]
+    (any value at padding), is read by layers with sliding attention only.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    positions: jax.Array | None = None
+
+
+def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
+    """bool [N, B, T, S], true where a key lies fewer than `window` positions behind the query.
+
+    Args:
+      queries: positions, int [N, B, T].
+      keys: positions, int broadcastable to [N, B, S].
+      window: int scalar.
+    """
+    return queries[..., :, None] - keys[..., None, :] < window
 
 
 def attend(q: jax.Array, segments: list[Segment]) -> jax.Array:
@@ -65,17 +78,3 @@ def attend(q: jax.Array, segments: list[Segment]) -> jax.Array:
         out = out + value.reshape(n, heads, b, h // heads, t, d)
     out = (out / total).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(n, b, t, h * d)
-
-
-def rope(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [..., head_dim / 2], of `positions` [...]."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies RoPE to `x` [..., heads, D] in the half-split form of `transformers`."""
-    cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -5,12 +5,17 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from srrl_jax.errors import InputError
+from srrl_jax.models.rope import RopeScaling, read_rope
+
+_UNBOUNDED = 2**30  # a window that holds any sequence
 
 # Fields that cannot change a forward pass in inference or RL, or that only transformers uses.
 _IGNORED = frozenset(
     "architectures attention_dropout bos_token_id dtype eos_token_id initializer_range "
-    "is_llama_config max_window_layers pad_token_id pretraining_tp return_dict rope_interleaved "
+    "is_llama_config pad_token_id pretraining_tp return_dict rope_interleaved "
     "torch_dtype transformers_version use_cache transformers.js_config _name_or_path "
     "output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder "
     "id2label label2id problem_type tokenizer_class".split()
@@ -21,8 +26,10 @@ _IGNORED = frozenset(
 class Qwen3Config:
     """Sizes and switches of the network; field names are those of `transformers`.
 
-    `qk_norm`, `qkv_bias` and `o_bias` let the one network run Qwen3 (norm, no bias), Qwen2
-    (no norm, q/k/v bias) and Llama (neither) checkpoints.
+    `rope_scaling` stretches RoPE. `layer_types` names each layer's attention, "full_attention" or
+    "sliding_attention", where a token sees itself and the `sliding_window` - 1 before it; both None
+    where no layer slides. `qk_norm`, `qkv_bias` and `o_bias` let the one network run Qwen3 (norm, no
+    bias), Qwen2 (no norm, q/k/v bias) and Llama (neither) checkpoints.
     """
 
     vocab_size: int
@@ -34,6 +41,9 @@ class Qwen3Config:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     qk_norm: bool = True
@@ -42,6 +52,9 @@ class Qwen3Config:
     model_type: str = "qwen3"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise InputError(f"config.json: {field.name} ({getattr(self, field.name)}) must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple "
@@ -49,6 +62,49 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise InputError(f"config.json: head_dim ({self.head_dim}) must be even for RoPE")
+        if self.layer_types is not None:
+            self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise InputError(
+                f"config.json: layer_types {', '.join(unknown)} are not supported, only full_attention and "
+                "sliding_attention"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"config.json: layer_types names {len(self.layer_types)} layers, but num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        if self.model_type == "llama":
+            raise InputError("config.json: sliding attention (layer_types) is not part of llama")
+        if self.sliding_window is None or self.sliding_window < 1:
+            raise InputError(
+                "config.json: layer_types has sliding_attention, which needs use_sliding_window true and a "
+                f"positive sliding_window, not {self.sliding_window}"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The config of a published size, such as "qwen3-8b" (see `srrl_jax.models.presets`).
+
+        Raises:
+          InputError: no preset has that name.
+        """
+        from srrl_jax.models.presets import PRESETS
+
+        if name not in PRESETS:
+            raise InputError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @property
+    def windows(self) -> np.ndarray | None:
+        """int32 [layers], how many tokens a token sees in each layer; None where no layer slides."""
+        if self.layer_types is None:
+            return None
+        sizes = {"full_attention": _UNBOUNDED, "sliding_attention": self.sliding_window}
+        return np.array([sizes[kind] for kind in self.layer_types], np.int32)
 
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> Self:
@@ -90,15 +146,23 @@ class Qwen3Config:
         except KeyError as error:
             raise InputError(f"{where}: field {error.args[0]!r} is missing") from None
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        llama = model_type == "llama"
+        # Where the file is silent, the defaults of transformers.
+        kv_heads = fields.pop("num_key_value_heads", None if llama else 32)
+        positions = int(fields.pop("max_position_embeddings", 2048 if llama else 32768))
         bias = bool(fields.pop("attention_bias", False))
+        theta, scaling = read_rope(fields, positions, where)
+        window, layer_types = _sliding(fields, sizes["num_hidden_layers"])
         config = cls(
             **sizes,
-            num_key_value_heads=int(fields.pop("num_key_value_heads", None) or heads),
-            # 128 is what transformers takes for Qwen3 when the file is silent.
+            num_key_value_heads=heads if kv_heads is None else int(kv_heads),
             head_dim=int(fields.pop("head_dim", None) or (128 if model_type == "qwen3" else hidden // heads)),
             rms_norm_eps=float(fields.pop("rms_norm_eps", 1e-6)),
-            rope_theta=_rope_theta(fields, where),
-            max_position_embeddings=int(fields.pop("max_position_embeddings", 32768)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            sliding_window=window,
+            layer_types=layer_types,
+            max_position_embeddings=positions,
             tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
             qk_norm=model_type == "qwen3",
             qkv_bias=bias or model_type == "qwen2",
@@ -116,33 +180,35 @@ class Qwen3Config:
             "llama": "LlamaForCausalLM",
         }[self.model_type]
         fields = dataclasses.asdict(self)
-        for name in ("qk_norm", "qkv_bias", "o_bias", "rope_theta"):
+        for name in "qk_norm qkv_bias o_bias rope_theta rope_scaling sliding_window layer_types".split():
             del fields[name]
         if self.model_type != "qwen2":
             fields["attention_bias"] = self.qkv_bias
+        if self.layer_types is not None:
+            fields["use_sliding_window"] = True
+            fields["sliding_window"] = self.sliding_window
+            fields["layer_types"] = list(self.layer_types)
+        rope = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_hf()
         return {
             "architectures": [architecture],
             **fields,
             "hidden_act": "silu",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
         }
 
 
-def _rope_theta(fields: dict[str, Any], where: str) -> float:
-    """Takes the RoPE fields out of `fields`: the flat form, or the nested one of transformers 5."""
-    theta = fields.pop("rope_theta", None)
-    nested = {
-        **(fields.pop("rope_scaling", None) or {}),
-        **(fields.pop("rope_parameters", None) or {}),
-    }
-    kind = nested.pop("rope_type", nested.pop("type", "default"))
-    theta = nested.pop("rope_theta", theta)
-    if kind != "default" or nested:
-        raise InputError(
-            f"{where}: rope type {kind!r} with {sorted(nested)} is not supported; only 'default' is"
-        )
-    # The default of transformers for all three families when the file is silent.
-    return float(10000.0 if theta is None else theta)
+def _sliding(fields: dict[str, Any], layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+    """Takes the window and the layers' kinds out of `fields`, as Qwen3Config of transformers 5.23 does."""
+    used = fields.pop("use_sliding_window", False)
+    window = fields.pop("sliding_window", 4096)
+    first = fields.pop("max_window_layers", 28)
+    kinds = fields.pop("layer_types", None)
+    window = window if used else None
+    if kinds is None:
+        slides = [window is not None and layer >= first for layer in range(layers)]
+        kinds = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+    kinds = tuple(kinds)
+    return (None, None) if kinds == ("full_attention",) * layers else (window, kinds)
 
 
 def _refuse_what_is_left(fields: dict[str, Any], where: str) -> None:
@@ -152,11 +218,6 @@ def _refuse_what_is_left(fields: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: mlp_bias is not supported")
     if fields.pop("use_mrope", False):  # Qwen2.5 checkpoints say false
         raise InputError(f"{where}: use_mrope is not supported")
-    window = fields.pop("sliding_window", None)
-    if fields.pop("use_sliding_window", False) and window is not None:
-        raise InputError(f"{where}: use_sliding_window is not supported")
-    if set(fields.pop("layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise InputError(f"{where}: layer_types other than 'full_attention' are not supported")
     unknown = sorted(set(fields) - _IGNORED)
     if unknown:
         raise InputError(

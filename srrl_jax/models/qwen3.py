@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srrl_jax.models.attention import Segment, attend, rope, rotate
+from srrl_jax.errors import InputError
+from srrl_jax.models.attention import Segment, attend, near
 from srrl_jax.models.config import Qwen3Config
+from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
 
 
@@ -166,31 +168,38 @@ class Qwen3(nnx.Module):
           tokens: int [N, B, T], B branches of T tokens for each of N rows.
           positions: int [N, B, T], counted from the start of the row's prefix.
           mask: bool [N, B, T], false at padding. Attention within a branch is causal.
-          context: what came before, each with `k`, `v` [layers, N, K, B or 1, S, D].
+          context: what came before, each with `k`, `v` [layers, N, K, B or 1, S, D]; with `positions`
+            where the config has layers of sliding attention.
           remat: recompute each layer in the backward pass instead of keeping its activations.
         Returns:
           Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
           keys and values, each [layers, N, K, B, T, D].
+        Raises:
+          InputError: a context without `positions` for layers of sliding attention.
         """
         c = self.config
+        if c.windows is not None and any(segment.positions is None for segment in context):
+            raise InputError("layer_types has sliding_attention, but a context segment has no positions")
         # Whole rows for the lookup: XLA would else replicate its result, [N, B, T, hidden].
         x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens].astype(self.dtype)
         x = constrain(x, "batch", None, None, None)
-        cos, sin = rope(positions, c.head_dim, c.rope_theta)
+        cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         steps = jnp.arange(tokens.shape[-1])
         own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x, layer_inputs):
-            weights, keys_values = layer_inputs
-            segments = [
-                Segment(k, v, segment.mask) for (k, v), segment in zip(keys_values, context, strict=True)
-            ]
-            x, kv = nnx.merge(graphdef, weights)(x, cos, sin, segments, own_mask)
+            weights, keys_values, window = layer_inputs
+            segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
+            mask = own_mask
+            if window is not None:
+                segments = [s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments]
+                mask = mask & near(positions, positions, window)
+            x, kv = nnx.merge(graphdef, weights)(x, cos, sin, segments, mask)
             return constrain(x, "batch", None, None, None), kv
 
         body = jax.checkpoint(body) if remat else body
-        x, kv = jax.lax.scan(body, x, (stacked, [(s.k, s.v) for s in context]))
+        x, kv = jax.lax.scan(body, x, (stacked, [(s.k, s.v) for s in context], c.windows))
         return self.norm(x), kv
 
     @property

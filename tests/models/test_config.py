@@ -31,10 +31,53 @@ def test_reads_dict_file_and_directory_alike(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "rope_theta": 5e5, "rms_norm_eps": 1e-5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attention_bias": True, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "max_position_embeddings": 77},
+        {"rope_scaling": {"type": "linear", "factor": 3}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.9}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5, "truncate": False,
+                          "beta_fast": 20, "beta_slow": 2, "original_max_position_embeddings": 99}},
+    ],
+)  # fmt: skip
 def test_round_trip(model_type, fields):
     config = Qwen3Config.from_hf({**QWEN3, **fields, "model_type": model_type})
     assert Qwen3Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, [None, 5]),
+        ({"use_sliding_window": True, "max_window_layers": 0}, [4096, 4096]),
+        (
+            {"use_sliding_window": True, "sliding_window": 5,
+             "layer_types": ["sliding_attention", "full_attention"]},
+            [5, None],
+        ),
+        ({"use_sliding_window": True, "sliding_window": 5}, None),  # from layer 28 on
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+        ({"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)  # fmt: skip
+def test_sliding_layers_are_those_of_transformers(model_type, fields, expected):
+    from transformers import AutoConfig
+
+    fields = {**QWEN3, **fields, "model_type": model_type}
+    ours = Qwen3Config.from_hf(fields)
+    for source in (fields, ours.to_hf()):
+        theirs = AutoConfig.for_model(**source)
+        sizes = [theirs.sliding_window if "sliding" in kind else None for kind in theirs.layer_types]
+        assert sizes == (expected or [None, None])
+    if expected is None:
+        assert ours.windows is None
+    else:
+        assert [None if size > 10**6 else size for size in ours.windows.tolist()] == expected
+    assert Qwen3Config.from_hf(json.loads(json.dumps(ours.to_hf()))) == ours
 
 
 @pytest.mark.parametrize(
@@ -50,12 +93,15 @@ def test_silent_fields_are_what_transformers_takes(model_type):
     from transformers import AutoConfig
 
     fields = {**QWEN3, "model_type": model_type}
-    for name in ("head_dim", "rope_theta", "tie_word_embeddings"):
+    for name in ("head_dim", "rope_theta", "tie_word_embeddings", "num_key_value_heads"):
         del fields[name]
+    fields["num_attention_heads"], fields["hidden_size"] = 32, 256
     theirs = AutoConfig.for_model(**fields)
     ours = Qwen3Config.from_hf(fields)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
@@ -73,11 +119,36 @@ def test_nested_rope_of_transformers_5():
         ({"model_type": "mamba"}, "'mamba'"),
         ({"model_type": None}, "model_type"),
         ({"num_experts": 8}, "num_experts"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 16}}, "'linear'.*beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"rope_parameters": {"factor": 2.0}}, "'default'.*factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ({"rope_parameters": [1]}, "rope_parameters must be objects"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_theta": 0}, "rope_theta"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5.0}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types.*use_sliding_window"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window"),
+        (
+            {"model_type": "llama", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "llama",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_mrope": True}, "use_mrope"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

@@ -144,9 +144,8 @@ def test_family_parameters(tiny, model_type):
 @pytest.mark.parametrize(
     "fields", [{}, {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 5e5}]
 )
-def test_saved_model_equals_transformers(tiny, tmp_path, relative_error, model_type, fields):
+def test_saved_model_equals_transformers(torch, tiny, tmp_path, relative_error, model_type, fields):
     """transformers loads what we save, tensor for tensor, and computes the same."""
-    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     model = tiny(model_type, **fields)
@@ -162,8 +161,7 @@ def test_saved_model_equals_transformers(tiny, tmp_path, relative_error, model_t
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-def test_loads_what_transformers_saves(tmp_path, relative_error, model_type):
-    torch = pytest.importorskip("torch")
+def test_loads_what_transformers_saves(torch, tmp_path, relative_error, model_type):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -184,9 +182,8 @@ def test_loads_what_transformers_saves(tmp_path, relative_error, model_type):
     assert relative_error(model(tokens), expected) < 1e-5
 
 
-def test_smollm2_equals_transformers(smollm2, tmp_path, shared_data, relative_error):
+def test_smollm2_equals_transformers(torch, smollm2, tmp_path, shared_data, relative_error):
     """The whole vocabulary's logits, where the golden file holds a few."""
-    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     model = Qwen3.from_pretrained(smollm2)

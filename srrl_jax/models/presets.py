@@ -1,0 +1,30 @@
+"""The published dense Qwen3 sizes, as their `config.json` has them.
+
+Base models were trained to 32,768 positions and say so; these are the post-trained ones.
+"""
+
+from srrl_jax.models.config import Qwen3Config
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = False) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=tied,
+    )
+
+
+PRESETS = {
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64),
+}
