@@ -87,6 +87,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*whole))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Pieces that the rows of a batch are cut into; a number of rows must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def place_batch(arrays: Any, mesh: Mesh, row_axis: int = 0) -> Any:
     """Puts host arrays on the mesh, their `row_axis` cut over data and fsdp."""
     return jax.device_put(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, TreeBatch
-from srrl_jax.parallel import place_batch
+from srrl_jax.parallel import place_batch, row_shards
 from srrl_jax.sampling.buckets import Buckets, Wave, plan_waves
 from srrl_jax.sampling.decode import decode, prefill
 from srrl_jax.sampling.tokens import SamplingConfig
@@ -57,7 +57,7 @@ class Sampler:
     ):
         if new_tokens < 1:
             raise InputError(f"new_tokens must be at least 1, not {new_tokens}")
-        cut = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        cut = 1 if mesh is None else row_shards(mesh)
         if any(rows % cut for rows in buckets.rows):
             raise InputError(f"buckets.rows: {buckets.rows} must be multiples of mesh data x fsdp = {cut}")
         longest = buckets.prefix[-1] + buckets.branch[-1] + new_tokens

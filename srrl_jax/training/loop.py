@@ -20,7 +20,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.losses import group_advantages
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import make_mesh, place_batch
+from srrl_jax.parallel import make_mesh, place_batch, row_shards
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.training.batch import pack_groups, split_batch
 from srrl_jax.training.checkpoint import Checkpoints, TrainState
@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> TrainState:
     tokenizer = load_tokenizer(config.model)
     tasks, held_out = load_tasks(config, tokenizer)
     mesh = make_mesh(config.mesh)
-    cut = mesh.shape["data"] * mesh.shape["fsdp"]
+    cut = row_shards(mesh)
     if config.optimizer.microbatch % cut:
         raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp = {cut}")
     schedule, optimizer = make_schedule(config.optimizer), make_optimizer(config.optimizer)
@@ -75,15 +75,21 @@ def train(config: TrainConfig) -> TrainState:
                     yield lambda finished, total: live.note(f"{finished}/{total}")
                 times[f"time/{name}"] = time.perf_counter() - start
 
+            def keys_of(step: int, held_out: bool) -> jax.Array:
+                """Random keys of the rollout and of the grading of a step."""
+                key = jax.random.fold_in(jax.random.key(config.seed), step)
+                return jax.random.split(jax.random.fold_in(key, held_out))
+
+            def judge():
+                return state.params if config.grader == "policy" else frozen
+
             def evaluate(step: int) -> tuple[dict, list]:
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), 1)
-                rollout_key, grade_key = jax.random.split(key)
+                rollout_key, grade_key = keys_of(step, held_out=True)
                 with phase("eval") as on_wave:
                     groups = rewarder.rollout(
                         state.params, held_out, config.eval.samples, rollout_key, on_wave
                     )
-                    judge = state.params if config.grader == "policy" else frozen
-                    graded = rewarder.grade(judge, held_out, groups, grade_key, on_wave)
+                    graded = rewarder.grade(judge(), held_out, groups, grade_key, on_wave)
                 score = completion_metrics(held_out, groups, graded)["reward/mean"]
                 return {"eval/self": score}, sample_rows("eval", held_out, groups, graded)
 
@@ -94,8 +100,7 @@ def train(config: TrainConfig) -> TrainState:
                 times.clear()
 
             for step in range((done or 0) + 1, config.steps + 1):
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), 0)
-                rollout_key, grade_key = jax.random.split(key)
+                rollout_key, grade_key = keys_of(step, held_out=False)
                 rows = step_rows(len(tasks), config.prompts_per_step, step - 1, config.seed)
                 batch_tasks = [tasks[row] for row in rows]
 
@@ -107,8 +112,7 @@ def train(config: TrainConfig) -> TrainState:
 
                 # 2. The same weights (or the frozen ones) judge every answer by every criterion.
                 with phase("grade") as on_wave:
-                    judge = state.params if config.grader == "policy" else frozen
-                    graded = rewarder.grade(judge, batch_tasks, groups, grade_key, on_wave)
+                    graded = rewarder.grade(judge(), batch_tasks, groups, grade_key, on_wave)
 
                 # 3. Rewards relative to the group; an answer without a reward does not count.
                 rewards = rewards_of(graded)
