@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from srrl_jax.errors import InputError
 from srrl_jax.models.files import local_directory, read_json
+from srrl_jax.models.quoting import control_pattern, quote, unquoted
 
 _PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -32,23 +33,39 @@ class Tokenizer(abc.ABC):
     stop_ids: tuple[int, ...]
     pad_id: int
     size: int
+    _control: re.Pattern[str]
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered template: nothing is added, and control tokens such as `<|im_start|>`
-        that are spelt out in the text become their ids."""
+        that are spelt out in the text become their ids, unless they are quoted."""
+        return [i for part in unquoted(text) for i in self._encode(part)]
+
+    def quote(self, text: str) -> str:
+        """`text` so marked that `encode` reads the control tokens that it spells as text."""
+        return quote(text, self._control)
+
+    def render(self, messages: Sequence[dict[str, str]], thinking: bool) -> str:
+        """The chat template's text of `messages` up to where the assistant's turn begins.
+
+        The messages are quoted: what they say is text, only the template's own control tokens are
+        control tokens. `thinking` is the template's `enable_thinking`. InputError when the template
+        refuses the messages.
+        """
+        quoted = [{key: self.quote(text) for key, text in message.items()} for message in messages]
+        try:
+            return self._render(quoted, thinking)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template refuses the messages: {error}") from None
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
 
     @abc.abstractmethod
-    def render(self, messages: Sequence[dict[str, str]], thinking: bool) -> str:
-        """The chat template's text of `messages` up to where the assistant's turn begins.
+    def _encode(self, text: str) -> list[int]: ...
 
-        `thinking` is the template's `enable_thinking`. InputError when the template refuses the
-        messages.
-        """
+    @abc.abstractmethod
+    def _render(self, messages: list[dict[str, str]], thinking: bool) -> str: ...
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -85,8 +102,12 @@ class _HuggingFace(Tokenizer):
         self.size = len(tokens)
         self.stop_ids = _stop_ids(directory, tokens.eos_token_id, tokens.get_vocab().get, self.size)
         self.pad_id = self.stop_ids[0] if tokens.pad_token_id is None else tokens.pad_token_id
+        added = tokens.added_tokens_decoder.values()
+        self._control = control_pattern(
+            [token.content for token in added if token.special], [token.content for token in added]
+        )
 
-    def encode(self, text):
+    def _encode(self, text):
         return self._tokens.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, ids):
@@ -94,13 +115,10 @@ class _HuggingFace(Tokenizer):
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def render(self, messages, thinking):
-        try:
-            return self._tokens.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template refuses the messages: {error}") from None
+    def _render(self, messages, thinking):
+        return self._tokens.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
 
 
 class _SentencePiece(Tokenizer):
@@ -115,6 +133,7 @@ class _SentencePiece(Tokenizer):
 
     def __init__(self, directory: Path):
         from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
         file = directory / "tokenizer.model"
         try:
@@ -157,16 +176,19 @@ class _SentencePiece(Tokenizer):
 
         control = {pieces.id_to_piece(i): i for i in range(self.size) if pieces.is_control(i)}
         self._skipped = {*control.values(), *special.values(), *self.stop_ids, self.pad_id}
-        self._control = control | special
-        longest_first = sorted(self._control, key=len, reverse=True)
+        self._ids = control | special
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        model = ModelProto.FromString(pieces.serialized_model_proto())
+        user_defined = [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
+        self._control = control_pattern(self._ids, user_defined)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._template = _template(directory, config)
 
-    def encode(self, text):
+    def _encode(self, text):
         ids = []
         for part in self._split.split(text):
-            if part in self._control:
-                ids.append(self._control[part])
+            if part in self._ids:
+                ids.append(self._ids[part])
             elif part:
                 ids += self._pieces.encode(part)
         return ids
@@ -174,16 +196,10 @@ class _SentencePiece(Tokenizer):
     def decode(self, ids):
         return self._pieces.decode([int(i) for i in ids if int(i) not in self._skipped])
 
-    def render(self, messages, thinking):
-        try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-                **self._named,
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template refuses the messages: {error}") from None
+    def _render(self, messages, thinking):
+        return self._template.render(
+            messages=messages, add_generation_prompt=True, enable_thinking=thinking, **self._named
+        )
 
 
 def _content(token: str | dict[str, Any]) -> str:
