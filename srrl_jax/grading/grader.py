@@ -135,7 +135,7 @@ class Grader:
         text = grader_prompt(self.template, item.prompt, item.response)
         before, after = split_chat(self._render, text)
         return self.tokenizer.encode(before), [
-            self.tokenizer.encode(criterion_prompt(self.template, criterion) + after)
+            self.tokenizer.encode(self.tokenizer.quote(criterion_prompt(self.template, criterion)) + after)
             for criterion in item.criteria
         ]
 

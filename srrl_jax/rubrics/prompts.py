@@ -4,8 +4,13 @@ All criteria of one response share the first part, so a grader can compute it on
 is depends on the template: "shared" puts the constant instructions first and only a closing line
 after the criterion; "healthbench" keeps the order of OpenAI simple-evals (conversation, rubric
 item, instructions), where the long instructions come again after every criterion.
+
+A response may try to instruct the grader. Where the template names {response} apart from
+{conversation}, it stands between two fences that it cannot close, as "shared" does; "healthbench"
+keeps the form of the original, in which the response is the last turn of the conversation.
 """
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,15 +18,16 @@ from pathlib import Path
 from srrl_jax.rubrics.types import Criterion, Message
 
 TEMPLATES = ("shared", "healthbench")
-CONVERSATION, CRITERION = "{conversation}", "{criterion}"
+CONVERSATION, RESPONSE, CRITERION = "{conversation}", "{response}", "{criterion}"
 
 
 def load_template(name_or_path: str) -> str:
     """Text of the template "shared", "healthbench", or of the text file at this path.
 
-    A template names {conversation} and then {criterion}, each once. The placeholders of simple-evals
-    (<<conversation>>, <<rubric_item>>) are read too, so its GRADER_TEMPLATE works unchanged from a
-    file. Raises ValueError that names the template and the mend.
+    A template names {conversation}, then {response} if it is to stand apart, then {criterion}, each
+    once. The placeholders of simple-evals (<<conversation>>, <<rubric_item>>) are read too, so its
+    GRADER_TEMPLATE works unchanged from a file. Raises ValueError that names the template and the
+    mend.
     """
     if name_or_path in TEMPLATES:
         folder = resources.files("srrl_jax.rubrics") / "templates"
@@ -42,10 +48,12 @@ def load_template(name_or_path: str) -> str:
                 f"grader template {name_or_path!r} has {text.count(placeholder)} {placeholder}: "
                 "it must have exactly one"
             )
-    if text.index(CONVERSATION) > text.index(CRITERION):
+    if text.count(RESPONSE) > 1:
+        raise ValueError(f"grader template {name_or_path!r}: name {RESPONSE} once at most")
+    if max(text.index(CONVERSATION), text.find(RESPONSE)) > text.index(CRITERION):
         raise ValueError(
-            f"grader template {name_or_path!r}: put {CONVERSATION} before {CRITERION}, so that "
-            "the criteria of one response share a prefix"
+            f"grader template {name_or_path!r}: put {CONVERSATION} and {RESPONSE} before {CRITERION}, "
+            "so that the criteria of one response share a prefix"
         )
     return text
 
@@ -53,13 +61,20 @@ def load_template(name_or_path: str) -> str:
 def grader_prompt(template: str, messages: Sequence[Message], response: str) -> str:
     """The grader's user message up to the criterion, the same for all criteria of a response.
 
-    `messages` is the conversation and `response` the text that its user would see; it becomes the
-    last turn. Turns read "role: content", joined by a blank line (simple-evals).
+    `messages` is the conversation and `response` the text that its user would see. Turns read
+    "role: content", joined by a blank line (simple-evals). The response is put between two equal
+    lines of = signs, more of them than either text has in a row, where the template has {response},
+    and else becomes the last turn.
     """
     turns = [f"{message['role']}: {message['content']}" for message in messages]
-    conversation = "\n\n".join([*turns, f"assistant: {response}"])
+    fenced = RESPONSE in template
+    conversation = "\n\n".join(turns if fenced else [*turns, f"assistant: {response}"])
+    longest = max(map(len, re.findall("=+", conversation + "\n" + response)), default=0)
+    fence = "=" * max(8, longest + 1)
+    values = {CONVERSATION: conversation, RESPONSE: f"{fence}\n{response}\n{fence}"}
     before_criterion, _, _ = template.partition(CRITERION)
-    return before_criterion.replace(CONVERSATION, conversation)
+    # In one pass: what a text says in braces is not a placeholder.
+    return re.sub(r"\{(?:conversation|response)\}", lambda match: values[match[0]], before_criterion)
 
 
 def criterion_prompt(template: str, criterion: Criterion) -> str:
