@@ -74,17 +74,23 @@ def shardings(variables: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+    """Axes of the current mesh that cut a logical axis of this size; none without a mesh.
+
+    An axis that they do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = () if mesh.empty or RULES[axis] is None else tuple(np.atleast_1d(RULES[axis]).tolist())
+    return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the layout of `x` by logical axes under the current mesh; nothing without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    names = [RULES[axis] for axis in axes]
-    whole = [
-        None if name is None or size % math.prod(mesh.shape[n] for n in np.atleast_1d(name)) else name
-        for size, name in zip(x.shape, names, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*whole))
+    names = [mesh_axes(axis, size) or None for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*names))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -1,0 +1,34 @@
+"""The head on eight virtual devices: rows over data and fsdp, vocabulary over tensor."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """Numbers of head_on_eight_devices.py."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("head_on_eight_devices.py")],
+        env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", ["cut", "whole vocabulary", "whole rows"])
+def test_equals_one_device(eight, name):
+    """Where an axis divides the sizes, and where it stays whole."""
+    assert max(eight[name]["errors"]) < 2e-6
+
+
+def test_the_head_is_gathered_a_chunk_at_a_time(eight):
+    """Of a device's 22 rows of 8, 6 in each of 4 chunks; its half of the columns comes from fsdp."""
+    assert eight["cut"]["gathered"] == [6 * 8]
