@@ -1,7 +1,7 @@
 """The `srrl` command."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,10 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-@app.callback()
-def _root() -> None:
-    """A callback keeps sub-commands sub-commands while there are few."""
+data_app = typer.Typer(help="Look at rows, and bring them into another form.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 
 @app.command("train")
@@ -41,6 +39,52 @@ def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) ->
     from srrl_jax.telemetry.report import write_report
 
     print(f"report: {write_report(run_dir)}")
+
+
+@data_app.command("check")
+def _check(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows: .jsonl or another source.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer measures.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt, as rendered.")] = None,
+    max_points: Annotated[float, typer.Option(help="Most points of a criterion, in size.")] = 10,
+    thinking: Annotated[bool, typer.Option(help="Render prompts with thinking on.")] = False,
+) -> None:
+    """Name every fault of every row and print a profile; exit code 1 when there is any fault."""
+    from rich.console import Console
+
+    from srrl_jax.data.check import check_rows, counts, profile
+    from srrl_jax.models.tokenizer import load_tokenizer
+
+    checked = check_rows(
+        source,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+        thinking=thinking,
+        max_prompt_tokens=max_prompt_tokens,
+        max_points=max_points,
+    )
+    for fault in checked.faults:
+        print(fault)
+    if checked.examples:
+        Console().print(profile(checked))
+        print("\n".join(counts(checked)))
+    print(f"{checked.rows} rows, {len(checked.faults)} faults")
+    raise typer.Exit(1 if checked.faults else 0)
+
+
+@data_app.command("convert")
+def _convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Rows: .jsonl, .parquet, directory or hub id.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new file or directory.")],
+    to: Annotated[Literal["jsonl", "tfds"], typer.Option(help="tfds is array_record files.")] = "jsonl",
+    minus: Annotated[str | None, typer.Option(help="Rows to leave out, by prompt_id.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="theme:hedging, axis:accuracy, consensus, ...")
+    ] = None,
+) -> None:
+    """Write rows in another form, whole or in part: Easy is main --minus hard."""
+    from srrl_jax.data.convert import convert
+
+    print(f"{convert(source, out, to, minus=minus, where=where or ())} rows in {out}")
 
 
 def main() -> None:

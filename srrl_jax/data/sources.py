@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from srrl_jax.data.tfds import read_tfds
 from srrl_jax.errors import InputError
@@ -13,7 +13,19 @@ from srrl_jax.rubrics import Example
 _HUB_ID = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<split>[\w]+))?")
 _FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|ya?ml|zip|gz)$")
 
-Row = tuple[str, Any]  # where it stands, for messages, and the row itself
+
+class Row(NamedTuple):
+    """A row as it stands in its source, not yet checked.
+
+    Attributes:
+      where: file and line, or source and row, for messages.
+      value: what was read; None beside a fault.
+      fault: why it could not be read, with the mend, or "".
+    """
+
+    where: str
+    value: Any
+    fault: str = ""
 
 
 def load_examples(source: str | Path) -> list[Example]:
@@ -28,7 +40,9 @@ def load_examples(source: str | Path) -> list[Example]:
     """
     examples: list[Example] = []
     seen: dict[str, str] = {}
-    for where, row in _rows(str(source)):
+    for where, row, fault in read_rows(source):
+        if fault:
+            raise InputError(f"{where}: {fault}")
         try:
             example = Example.from_dict(row)
         except ValueError as error:
@@ -56,8 +70,12 @@ def check_disjoint(train: Sequence[Example], evaluation: Sequence[Example]) -> N
         )
 
 
-def _rows(source: str) -> Iterator[Row]:
-    path = Path(source)
+def read_rows(source: str | Path) -> Iterator[Row]:
+    """Every row of a source (see `load_examples`) in order, unchecked.
+
+    Raises InputError for a source that cannot be read at all.
+    """
+    source, path = str(source), Path(source)
     hub_id = _HUB_ID.fullmatch(source)
     if path.is_file() and path.suffix == ".jsonl":
         return _jsonl(path)
@@ -96,15 +114,14 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 row = json.loads(text) if text else None
             except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{where}: not valid JSON ({error}); write one object a line, in UTF-8"
-                ) from error
+                yield Row(where, None, f"not valid JSON ({error}); write one object a line, in UTF-8")
+                continue
             if text:
-                yield where, row
+                yield Row(where, row)
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
-    return ((f"{source} row {index}", row) for index, row in enumerate(rows))
+    return (Row(f"{source} row {index}", row) for index, row in enumerate(rows))
 
 
 def _by_datasets(source: str, read: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 Pure Python, standard library only; nothing here knows about models or JAX.
 """
 
+from srrl_jax.rubrics.faults import row_faults
 from srrl_jax.rubrics.prompts import criterion_prompt, grader_prompt, load_template
 from srrl_jax.rubrics.scoring import score_response
 from srrl_jax.rubrics.types import Criterion, Example, Message
@@ -17,6 +18,7 @@ __all__ = [
     "load_template",
     "parse_explanation",
     "parse_verdict",
+    "row_faults",
     "score_response",
     "visible_response",
 ]

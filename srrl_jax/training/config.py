@@ -15,10 +15,19 @@ from srrl_jax.sampling import SamplingConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Row sources (see `srrl_jax.data.load_examples`): training rows and, optionally, held-out rows."""
+    """Row sources (see `srrl_jax.data.load_examples`), and which of their rows are used.
+
+    Attributes:
+      train: training rows.
+      eval: held-out rows, optional.
+      minus: rows to leave out of the training rows, by prompt_id: main minus Hard is Easy.
+      where: tags of the training rows and criteria to keep (see `srrl_jax.data.select`).
+    """
 
     train: str
     eval: str | None = None
+    minus: str | None = None
+    where: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

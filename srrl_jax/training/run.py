@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from srrl_jax.data import check_disjoint, load_examples
+from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.training.config import TrainConfig
@@ -46,6 +46,9 @@ def open_run(config: TrainConfig) -> None:
 def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], list[Task]]:
     """Training rows and held-out rows (none without data.eval), checked against the bucket table."""
     examples = load_examples(config.data.train)
+    if config.data.minus is not None:
+        examples = subtract(examples, load_examples(config.data.minus))
+    examples = select(examples, config.data.where)
     tasks = encode_tasks(examples, config.data.train, tokenizer, config)
     if config.data.eval is None:
         return tasks, []

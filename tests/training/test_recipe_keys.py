@@ -141,6 +141,8 @@ KEYS = {
     "model": Key("{random}", samples),
     "data.train": Key(f"{WORLD / 'hard.jsonl'}", samples),
     "data.eval": Key(f"{WORLD / 'hard.jsonl'}", eval_lines([0, 2], 2), ("eval.rows=2",)),
+    "data.minus": Key("{rest}", samples),
+    "data.where": Key('["theme:3_facts"]', samples),
     "steps": Key("1", lines(1)),
     "seed": Key("1", samples),
     "prompts_per_step": Key("4", per_step(4, 2)),
@@ -226,7 +228,10 @@ def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
     for file in asked_to_think.iterdir():
         (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
     model.save_pretrained(directory)
+    rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
+    (directory / "rest.jsonl").write_text("".join(rest))
     return {
+        "rest": str(directory / "rest.jsonl"),
         "thinking": str(asked_to_think),
         "template": str(directory / "template.txt"),
         "random": str(directory),

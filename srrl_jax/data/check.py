@@ -1,0 +1,151 @@
+"""Everything that is wrong with a file of rows, and what is in it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from srrl_jax.data.sources import Row, read_rows
+from srrl_jax.errors import InputError
+from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.rubrics import Example, row_faults
+
+
+class Checked(NamedTuple):
+    """What `check_rows` found.
+
+    Attributes:
+      rows: how many were read, good and bad.
+      faults: "file:line: field and mend", in order.
+      examples: the rows that have the right form, with or without other faults.
+      prompt_tokens, criterion_tokens: lengths under the tokenizer; empty without one.
+    """
+
+    rows: int
+    faults: list[str]
+    examples: list[Example]
+    prompt_tokens: list[int]
+    criterion_tokens: list[int]
+
+
+def check_rows(
+    source: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    thinking: bool = False,
+    max_prompt_tokens: int | None = None,
+    max_points: float = 10,
+) -> Checked:
+    """Checks every row of a source and goes on after a fault.
+
+    Faults: what `row_faults` names, JSON that cannot be read, a `prompt_id` that was there before, a
+    prompt with its rubric again, points of 0 or beyond `max_points` (HealthBench: 10), a prompt that
+    ends with the assistant's turn, that the chat template refuses, or that takes more than
+    `max_prompt_tokens` as rendered. Raises InputError only for a source that cannot be read at all.
+    """
+    if max_prompt_tokens is not None and tokenizer is None:
+        raise InputError("a limit of prompt tokens needs a tokenizer: give the directory of one")
+    checked = Checked(0, [], [], [], [])
+    ids: dict[str, str] = {}
+    contents: dict[tuple, str] = {}
+    rows = 0
+    for row in read_rows(source):
+        rows += 1
+        found = [row.fault] if row.fault else row_faults(row.value)
+        if not found:
+            example = Example.from_dict(row.value)
+            checked.examples.append(example)
+            found = [*_repeats(example, row, ids, contents), *_values(example, max_points)]
+            if tokenizer is not None:
+                found += _lengths(example, tokenizer, thinking, max_prompt_tokens, checked)
+        checked.faults.extend(f"{row.where}: {fault}" for fault in found)
+    if not rows:
+        checked.faults.append(f"{source} holds no rows: add at least one")
+    return checked._replace(rows=rows)
+
+
+def _text(example: Example) -> tuple:
+    return tuple((turn["role"], turn["content"]) for turn in example.prompt)
+
+
+def _repeats(example: Example, row: Row, ids: dict[str, str], contents: dict[tuple, str]) -> list[str]:
+    by_id = ids.setdefault(example.prompt_id, row.where)
+    by_content = contents.setdefault((_text(example), example.rubrics), row.where)
+    if by_id != row.where:
+        mend = "remove one of the rows, or give each its own prompt_id"
+        return [f"`prompt_id` {example.prompt_id!r} is already used at {by_id}: {mend}"]
+    if by_content != row.where:
+        return [f"`prompt` and `rubrics` are the same as at {by_content}: remove one of the rows"]
+    return []
+
+
+def _values(example: Example, max_points: float) -> list[str]:
+    faults = []
+    if example.prompt[-1]["role"] == "assistant":
+        faults.append("`prompt` ends with the assistant's turn: end it with the user's")
+    for index, item in enumerate(example.rubrics):
+        name = f"`rubrics[{index}].points`"
+        if item.points == 0:
+            faults.append(f"{name} is 0, so it counts for nothing: give it points or remove it")
+        elif abs(item.points) > max_points:
+            faults.append(f"{name} is {item.points}, beyond {max_points:g}: scale it, or allow more points")
+    return faults
+
+
+def _lengths(
+    example: Example, tokenizer: Tokenizer, thinking: bool, limit: int | None, checked: Checked
+) -> list[str]:
+    checked.criterion_tokens.extend(len(tokenizer.encode(item.criterion)) for item in example.rubrics)
+    try:
+        rendered = tokenizer.render(list(example.prompt), thinking=thinking)
+    except InputError as error:
+        return [f"`prompt`: {error}"]
+    tokens = len(tokenizer.encode(rendered))
+    checked.prompt_tokens.append(tokens)
+    if limit is not None and tokens > limit:
+        return [f"`prompt` takes {tokens} tokens, over {limit}: shorten it, remove the row or allow more"]
+    return []
+
+
+def profile(checked: Checked) -> Table:
+    """The rows in figures: how many, their criteria, points, turns, tags, and lengths in tokens."""
+    table = Table("", "n", "min", "median", "mean", "p90", "p99", "max", title="Profile")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    examples = checked.examples
+    items = [item for example in examples for item in example.rubrics]
+    for name, values in {
+        "criteria of a row": [len(e.rubrics) for e in examples],
+        "positive points of a row": [sum(max(c.points, 0) for c in e.rubrics) for e in examples],
+        "points of a criterion": [c.points for c in items],
+        "turns of a prompt": [len(e.prompt) for e in examples],
+        "tokens of a prompt": checked.prompt_tokens,
+        "tokens of a criterion": checked.criterion_tokens,
+    }.items():
+        if values:
+            figures = [np.min(values), np.median(values), np.mean(values), *np.percentile(values, (90, 99))]
+            table.add_row(name, str(len(values)), *[f"{x:.4g}" for x in (*figures, np.max(values))])
+    return table
+
+
+def counts(checked: Checked) -> list[str]:
+    """Lines that count criteria, roles and tags."""
+    examples = checked.examples
+    items = [item for example in examples for item in example.rubrics]
+    tags = Counter(tag for e in examples for tag in e.example_tags)
+    tags.update(tag for item in items for tag in item.tags if not tag.startswith("cluster:"))
+    kinds: dict[str, list[str]] = {}
+    for tag, number in sorted(tags.items(), key=lambda pair: -pair[1]):
+        kind, _, name = tag.partition(":")
+        kinds.setdefault(kind, []).append(f"{name or kind} {number}")
+    repeated = sum(len({c.criterion for c in e.rubrics}) < len(e.rubrics) for e in examples)
+    roles = Counter(turn["role"] for e in examples for turn in e.prompt)
+    return [
+        f"criteria: {len(items)}, of them {sum(c.points < 0 for c in items)} with negative points; "
+        f"rows that name a criterion twice: {repeated}",
+        f"prompts: {len(set(map(_text, examples)))} different ones",
+        f"role: {', '.join(f'{role} {number}' for role, number in roles.most_common())}",
+        *[f"{kind}: {', '.join(names)}" for kind, names in kinds.items()],
+    ]

@@ -1,0 +1,74 @@
+"""Which rows, and which of their criteria: by tags, and by leaving out the rows of another set."""
+
+import dataclasses
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from srrl_jax.errors import InputError
+from srrl_jax.rubrics import Example
+
+# HealthBench Consensus keeps the criteria that physicians agreed on, which are those of a cluster.
+_SHORT = {"consensus": "level:cluster"}
+
+
+def select(examples: Sequence[Example], tags: Iterable[str]) -> list[Example]:
+    """The examples and criteria that carry `tags`, such as "theme:hedging" or "axis:accuracy".
+
+    The kind of a tag is what stands before its colon. Tags of one kind are alternatives, kinds are
+    all asked for. A kind found among `example_tags` chooses examples; any other chooses criteria,
+    and an example left without positive points is dropped. "consensus" is short for "level:cluster".
+
+    Raises InputError for a tag that nothing carries, and when no example is left.
+    """
+    wanted = defaultdict(set)
+    for tag in tags:
+        tag = _SHORT.get(tag, tag)
+        wanted[_kind(tag)].add(tag)
+    examples, given = list(examples), examples
+    for kind, names in wanted.items():
+        of_examples = {tag for e in given for tag in e.example_tags if _kind(tag) == kind}
+        of_criteria = {tag for e in given for c in e.rubrics for tag in c.tags if _kind(tag) == kind}
+        for name in names - of_examples - of_criteria:
+            raise InputError(f"no row carries the tag {name!r}{_hint(name, given)}")
+        if of_examples:
+            examples = [e for e in examples if names & set(e.example_tags)]
+        else:
+            kept = [(e, tuple(c for c in e.rubrics if names & set(c.tags))) for e in examples]
+            examples = [
+                dataclasses.replace(e, rubrics=rubrics)
+                for e, rubrics in kept
+                if any(c.points > 0 for c in rubrics)
+            ]
+    if not examples:
+        raise InputError(f"no row is left of {len(given)} by the tags {', '.join(tags)}: ask for fewer kinds")
+    return examples
+
+
+def subtract(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """`examples` without those whose `prompt_id` is among `others`: HealthBench Easy = main minus Hard.
+
+    Raises InputError when the two share no `prompt_id` (then they are not of one data set) or
+    nothing is left.
+    """
+    out = {e.prompt_id for e in others}
+    left = [e for e in examples if e.prompt_id not in out]
+    if len(left) == len(examples):
+        raise InputError(
+            f"none of the {len(out)} rows to leave out is among the {len(examples)} rows: "
+            "give the set that they are to be taken from, e.g. main minus hard"
+        )
+    if not left:
+        raise InputError(f"all {len(examples)} rows are among those to leave out: were the two sets swapped?")
+    return left
+
+
+def _kind(tag: str) -> str:
+    return tag.partition(":")[0]
+
+
+def _hint(name: str, examples: Sequence[Example]) -> str:
+    known = {tag for e in examples for tag in (*e.example_tags, *(t for c in e.rubrics for t in c.tags))}
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    kinds = ", ".join(sorted({_kind(tag) for tag in known})) or "none"
+    return f"; did you mean {near[0]!r}?" if near else f"; the kinds of tags there are: {kinds}"
