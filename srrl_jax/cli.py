@@ -24,13 +24,29 @@ def _train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. steps=10 data.train=rows.jsonl")
     ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(envvar="SRRL_COORDINATOR", metavar="HOST:PORT", help="Of process 0.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(envvar="SRRL_PROCESSES", help="How many there are.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(envvar="SRRL_PROCESS", help="Which one this is, from 0.")
+    ] = None,
 ) -> None:
-    """Train by self-rewarding GRPO; on an existing run directory, resume."""
+    """Train by self-rewarding GRPO; on an existing run directory, resume.
+
+    On TPU slices and under SLURM or Open MPI the processes find each other; elsewhere give
+    --coordinator, --processes and --process.
+    """
+    from srrl_jax.parallel import is_main, join
     from srrl_jax.training import TrainConfig, train
 
     resolved = TrainConfig.load(config, overrides or [])
+    join(coordinator, processes, process)
     train(resolved)
-    _report(resolved.run_dir)
+    if is_main():
+        _report(resolved.run_dir)
 
 
 @app.command("report")
