@@ -14,15 +14,19 @@ _OBJECT = re.compile(r"""\{\s*+(?:["']|\w++\s*+:)""")
 # More broken objects than this in one text and it is no verdict; bounds the time on hostile input.
 _MAX_BROKEN = 16
 
-# The key with its value, else a whole "string" (up to the end where it never closes), so that
-# what a string quotes is not searched. Possessive quantifiers keep this linear.
-_KEY_OR_STRING = re.compile(
-    r"""(?<![\w\\])(?P<q>["'`]?)criteria_met(?P=q)\s*+[:=]\s*+
-        (?P<v>["'`]?)(?P<value>true|false)(?P=v)(?![\w"'`])
-        (?!\s*+(?:/|\||or\b))                     # "true or false" repeats the question
-      | "(?:[^"\\]++|\\.)*+(?:"|\\?\Z)""",
-    re.VERBOSE | re.DOTALL | re.IGNORECASE,
-)
+# The key with its value, else a whole "string" (up to the end where it never closes) or a comment,
+# so that what these quote is not searched. Possessive quantifiers keep this linear.
+_KEY = r"""(?<![\w\\])(?P<q>["'`]?)criteria_met(?P=q)\s*+[:=]\s*+
+      (?P<v>["'`]?)(?P<value>true|false)(?P=v)(?![\w"'`])
+      (?!\s*+(?:/(?![/*])|\||or\b))              # "true or false" repeats the question
+    | (?<!:)//[^\n]*+ | /\*(?:[^*]++|\*(?!/))*+(?:\*/)?
+    | "(?:[^"\\]++|\\.)*+(?:"|\\?\Z)"""
+_FLAGS = re.VERBOSE | re.DOTALL | re.IGNORECASE
+_KEY_OR_STRING = re.compile(_KEY, _FLAGS)
+# In an object with 'single quotes'; elsewhere they are apostrophes.
+_KEY_OR_ANY_STRING = re.compile(_KEY + r"""| '(?:[^'\\]++|\\.)*+(?:'|\\?\Z)""", _FLAGS)
+# What may follow a value in a broken object: its end, the next key, a comment.
+_NEXT = re.compile(r"""\s*+(?:,\s*+)?(?:[}\]"'`/]|\w++\s*+:|\Z)""")
 _EXPLANATION = re.compile(r'"explanation"\s*+:\s*+("(?:[^"\\]++|\\.)*+")', re.DOTALL)
 
 
@@ -40,9 +44,9 @@ def parse_verdict(text: str) -> bool | None:
 
     Never raises; time is linear in the length of the text.
     """
-    decoded, rest, broken = _decode_objects(visible_response(text))
+    decoded, rest, quote = _decode_objects(visible_response(text))
     found = {_as_bool(value) for key, value in decoded if key == "criteria_met"} - {None}
-    found |= _loose_verdicts(rest, inside_object=broken)
+    found |= _loose_verdicts(rest) if quote is None else _broken_verdicts(rest, quote)
     return found.pop() if len(found) == 1 else None
 
 
@@ -59,25 +63,29 @@ def parse_explanation(text: str) -> str:
         return match[1][1:-1]
 
 
-def _decode_objects(text: str) -> tuple[list[tuple[str, object]], str, bool]:
-    """Every JSON object in the text: its pairs, the text without them, and if any was broken.
+def _decode_objects(text: str) -> tuple[list[tuple[str, object]], str, str | None]:
+    """Every JSON object in the text: its pairs, the text without them, and the first broken one.
 
     Pairs come from all depths and with repeated keys, so that no contradiction is lost. An object
     that starts after a broken one is dropped: a broken object that quotes another is not answered
-    by what it quotes.
+    by what it quotes. Of the broken one, the quote before its first key ("" for none), or None
+    where no object is broken.
     """
     pairs: list[tuple[str, object]] = []
     rest: list[str] = []
+    found: list[list[tuple[str, object]]] = []
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=found.append)
     end = broken = 0
+    quote = None
     start = _OBJECT.search(text)
     while start and broken < _MAX_BROKEN:
-        found: list[list[tuple[str, object]]] = []
-        decoder = json.JSONDecoder(strict=False, object_pairs_hook=found.append)
+        found.clear()
         try:
             _, stop = decoder.raw_decode(text, start.start())
         except (ValueError, RecursionError):
             broken += 1
             stop = start.end()
+            quote = start[0][-1].strip(":") if quote is None else quote
         else:
             rest.append(text[end : start.start()])
             end = stop
@@ -85,9 +93,9 @@ def _decode_objects(text: str) -> tuple[list[tuple[str, object]], str, bool]:
                 pairs += [pair for obj in found for pair in obj]
         start = _OBJECT.search(text, stop)
     if start:
-        return [], "", True
+        return [], "", ""
     rest.append(text[end:])
-    return pairs, " ".join(rest), broken > 0
+    return pairs, " ".join(rest), quote
 
 
 def _as_bool(value: object) -> bool | None:
@@ -96,11 +104,28 @@ def _as_bool(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _loose_verdicts(text: str, inside_object: bool) -> set[bool]:
-    """Values of the key `criteria_met` outside strings; in an object only where a key may stand."""
-    found = set()
-    for match in _KEY_OR_STRING.finditer(text):
-        before = text[max(0, match.start() - 64) : match.start()].rstrip(" \t")
-        if match["value"] and (not inside_object or before.endswith(("{", ",", "\n")) or not before):
-            found.add(match["value"].lower() == "true")
-    return found
+def _loose_verdicts(text: str) -> set[bool]:
+    """Values of the key `criteria_met` in prose, outside strings."""
+    return {_is_true(match) for match in _KEY_OR_STRING.finditer(text) if match["value"]}
+
+
+def _broken_verdicts(text: str, quote: str) -> set[bool]:
+    """Values of the key `criteria_met` where a key of the broken object may stand, quoted as its first is."""
+    pattern = _KEY_OR_ANY_STRING if quote == "'" else _KEY_OR_STRING
+    return {
+        _is_true(match)
+        for match in pattern.finditer(text)
+        if match["value"]
+        and match["q"] == quote
+        and _starts_pair(text, match)
+        and _NEXT.match(text, match.end())
+    }
+
+
+def _starts_pair(text: str, match: re.Match[str]) -> bool:
+    before = text[max(0, match.start() - 64) : match.start()].rstrip(" \t")
+    return not before or before.endswith(("{", ",", "\n", "*/"))
+
+
+def _is_true(match: re.Match[str]) -> bool:
+    return match["value"].lower() == "true"

@@ -1,8 +1,9 @@
 import json
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srrl_jax.rubrics import parse_explanation, parse_verdict, visible_response
@@ -159,7 +160,19 @@ def test_one_megabyte_of_hostile_text_takes_linear_time(piece, start):
     began = time.process_time()
     parse_verdict(text)
     parse_explanation(text)
-    assert time.process_time() - began < 8  # a quadratic scan takes minutes
+    assert time.process_time() - began < 2  # takes 0.3 s; a quadratic scan takes minutes
+
+
+def corpus() -> list:
+    path = Path(__file__).with_name("replies.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [pytest.param(row["text"], row["verdict"], id=row["name"]) for row in rows]
+
+
+@pytest.mark.parametrize(("text", "verdict"), corpus())
+def test_replies_as_models_and_endpoints_write_them(text, verdict):
+    assert parse_verdict(text) is verdict
+    assert parse_verdict(text + " lorem ipsum" * 80_000) in (verdict, None)  # 1 MB
 
 
 FRAGMENTS = ['"', "'", "{", "}", "\\", "\n", ",", ":", "true", "false", "True", "```json", "```"]
@@ -171,6 +184,32 @@ FRAGMENTS += ['{"criteria_met": false}', '"explanation": "', " "]
 def test_never_crashes(text):
     assert parse_verdict(text) in (True, False, None)
     assert isinstance(parse_explanation(text), str)
+
+
+DAMAGE = {
+    "none": lambda text: text,
+    "fence": lambda text: f"```json\n{text}",
+    "page": lambda text: f"<html><body><p>{text}</p></body></html>",
+    "comma": lambda text: text[:-1] + ",}",
+    "comment": lambda text: text[:-1] + " // as the rubric says\n}",
+    "twice": lambda text: f"{text}\n{text}",
+    "trail": lambda text: text + "\n答案：不。 Do you agree?",
+    "string": lambda text: text.replace("true}", '"true"}').replace("false}", '"false"}'),
+    "python": lambda text: text.replace("true}", "True}").replace("false}", "False}"),
+}
+
+
+@settings(max_examples=300)
+@given(
+    explanation=st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS)).map("".join)),
+    met=st.booleans(),
+    write=st.sampled_from([json.dumps, repr]),
+    damage=st.sampled_from(sorted(DAMAGE)),
+    cut=st.one_of(st.none(), st.integers(0, 200)),
+)
+def test_damage_never_turns_a_verdict_round(explanation, met, write, damage, cut):
+    answer = write({"explanation": explanation.replace("think>", ""), "criteria_met": met})
+    assert parse_verdict(DAMAGE[damage](answer)[:cut]) in (met, None)
 
 
 @given(
