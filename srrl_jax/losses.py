@@ -6,36 +6,47 @@ Shapes: N prompts, G completions a prompt (the group), L completion tokens. Log-
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _MAX_LOG_RATIO = 20.0  # e^20 is far beyond any clip range and still finite in float32
 
 
 def group_advantages(
-    rewards: jax.Array,
-    valid: jax.Array | None = None,
-    normalize_std: bool = True,
-    eps: float = 1e-6,
+    rewards: jax.Array, valid: jax.Array | None = None, how: str = "std", eps: float = 1e-6
 ) -> jax.Array:
-    """Reward minus the group's mean, by default divided by its standard deviation.
+    """Reward against its group: with r the valid rewards of a group, k their number, s their deviation,
 
-    DeepSeekMath (arXiv 2402.03300) eq. 3; `normalize_std=False` is Dr. GRPO (2503.20783). A response
-    without a reward (no scorable criterion) stays out of its group's baseline.
+    - "std": (r_i - mean r) / (s + eps), DeepSeekMath (arXiv 2402.03300) section 4.1.2;
+    - "mean": r_i - mean r, Dr. GRPO (2503.20783) section 3.2;
+    - "leave_one_out": r_i - mean of the others = (r_i - mean r) k / (k - 1), RLOO (2402.14740) eq. 8.
+
+    A response without a reward (no scorable criterion) stays out of its group's baseline.
 
     Args:
       rewards: float [N, G]; entries that are not valid may hold anything, NaN included.
       valid: bool [N, G]; all true by default.
+      how: one of the above.
     Returns:
       float32 [N, G]; 0 where not valid, and in groups with fewer than two valid or without variance.
+    Raises:
+      ValueError: another `how`.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
     rewards = jnp.where(valid, rewards, 0.0)
     count = jnp.maximum(valid.sum(-1, keepdims=True), 1)
     centred = jnp.where(valid, rewards - rewards.sum(-1, keepdims=True) / count, 0.0)
-    if normalize_std:
-        # The sample standard deviation, as torch.std and so most GRPO code has it.
-        std = jnp.sqrt((centred**2).sum(-1, keepdims=True) / jnp.maximum(count - 1, 1))
-        centred = centred / (std + eps)
+    others = jnp.maximum(count - 1, 1)
+    match how:
+        case "std":
+            # The sample standard deviation, as torch.std and so most GRPO code has it.
+            centred = centred / (jnp.sqrt((centred**2).sum(-1, keepdims=True) / others) + eps)
+        case "leave_one_out":
+            centred = centred * count / others
+        case "mean":
+            pass
+        case _:
+            raise ValueError(f"advantage {how!r} is not one of std, mean, leave_one_out")
     # By comparison: where all rewards are equal, their rounded mean may still differ from them.
     varies = rewards.max(-1, keepdims=True, where=valid, initial=-jnp.inf) > rewards.min(
         -1, keepdims=True, where=valid, initial=jnp.inf
@@ -43,35 +54,66 @@ def group_advantages(
     return jnp.where(varies, centred, 0.0)
 
 
+def log_ratios(logprobs: jax.Array, old_logprobs: jax.Array) -> jax.Array:
+    """log(policy / old policy) of each token [N, G, L]; no gradient flows into `old_logprobs`."""
+    return logprobs - jax.lax.stop_gradient(old_logprobs)
+
+
+def sequence_log_ratios(token_log_ratios: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean log-ratio of each completion, at all of its tokens: [N, G, L] -> [N, G, L].
+
+    GSPO (2507.18071) eq. 7: the ratio of a whole completion, length-normalised. With the weights of
+    `token_weights(..., "sequence")` the sum over tokens is GSPO's loss, eq. 5.
+    """
+    count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    mean = jnp.where(mask, token_log_ratios, 0.0).sum(-1, keepdims=True) / count
+    return jnp.broadcast_to(mean, token_log_ratios.shape)
+
+
 def grpo_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
+    log_ratios: jax.Array,
     advantages: jax.Array,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    dual_clip: float = jnp.inf,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate per token, to be minimised: -min(r A, clip(r, 1 - low, 1 + high) A).
 
-    PPO (1707.06347) eq. 7 with DAPO's separate bounds (2503.14476, "clip-higher"). Aggregate with
-    `token_mean`.
+    PPO (1707.06347) eq. 7 with DAPO's separate bounds (2503.14476, "clip-higher"). Where A < 0 it is
+    at most -dual_clip A: dual-clip PPO (1912.09729) eq. 5. Aggregate with `token_weights`.
 
     Args:
-      logprobs: under the policy that is being updated, float32 [N, G, L].
-      old_logprobs: under the policy that sampled, the same shape; no gradient flows into them.
+      log_ratios: float32 [N, G, L], from `log_ratios` or `sequence_log_ratios`.
       advantages: float32 [N, G], one for all tokens of a completion.
+      dual_clip: bound of the ratio under negative advantages, above 1 + clip_high; infinite is none.
     Returns:
-      The loss of each token [N, G, L], and bool [N, G, L] masks `clip_frac/low`, `clip_frac/high` of
-      the tokens whose gradient the bounds cut off.
+      The loss of each token [N, G, L], and bool [N, G, L] masks `clip_frac/low`, `clip_frac/high`,
+      `clip_frac/dual` of the tokens whose gradient the bounds cut off.
     """
-    log_ratio = logprobs - jax.lax.stop_gradient(old_logprobs)
-    ratio = jnp.exp(jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    ratio = jnp.exp(jnp.clip(log_ratios, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     advantages = advantages[..., None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    return loss, {
+    bounded = jnp.where(advantages < 0, jnp.minimum(ratio, dual_clip), ratio)
+    return -jnp.minimum(bounded * advantages, clipped * advantages), {
         "clip_frac/low": (ratio < 1 - clip_low) & (advantages < 0),
         "clip_frac/high": (ratio > 1 + clip_high) & (advantages > 0),
+        "clip_frac/dual": (ratio > dual_clip) & (advantages < 0),
     }
+
+
+def importance_weights(old_logprobs: jax.Array, sampler_logprobs: jax.Array, cap: float) -> jax.Array:
+    """min(old policy in the trainer / policy in the sampler, cap) of each token, without gradient.
+
+    Truncated importance sampling: corrects for a sampler whose arithmetic differs from the trainer's
+    (int8 weights, bfloat16 caches); Yao et al., "Your efficient RL framework secretly brings you
+    off-policy RL training" (2025). Multiplies the loss of `grpo_loss`.
+
+    Args:
+      old_logprobs, sampler_logprobs: of the same weights, float32 [N, G, L].
+      cap: above 0.
+    """
+    gap = jnp.clip(old_logprobs - sampler_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(gap), cap))
 
 
 def kl_penalty(logprobs: jax.Array, reference_logprobs: jax.Array, estimator: str = "k3") -> jax.Array:
@@ -99,11 +141,53 @@ def kl_penalty(logprobs: jax.Array, reference_logprobs: jax.Array, estimator: st
     raise ValueError(f"KL estimator {estimator!r} is not one of k1, k2, k3")
 
 
-def token_mean(values: jax.Array, mask: jax.Array, total: jax.Array | float | None = None) -> jax.Array:
-    """Sum over the tokens that count, divided by their number: every token weighs the same.
+def overlong_penalty(lengths: np.ndarray, longest: int, buffer: int) -> np.ndarray:
+    """What to take off rewards of long completions: 0 up to longest - buffer tokens, then up to 1.
 
-    DAPO (2503.14476) eq. 8. `total` is the number of tokens of the whole minibatch when `values` are
-    only a microbatch of it, so that accumulated microbatches equal one large batch.
+    DAPO (2503.14476) eq. 13. No penalty where `buffer` is 0.
+
+    Args:
+      lengths: int, any shape, at most `longest`.
+    Returns:
+      float32, shaped as `lengths`.
     """
-    total = mask.sum() if total is None else total
-    return jnp.where(mask, values, 0.0).sum() / jnp.maximum(total, 1)
+    over = np.maximum(np.asarray(lengths) - (longest - buffer), 0)
+    return (over / max(buffer, 1)).astype(np.float32)
+
+
+def token_weights(mask: jax.Array, how: str = "token", longest: int = 1) -> jax.Array:
+    """Weights under which per-token values of a minibatch sum to its loss.
+
+    With o_i the completions that have a token in `mask`, |o_i| their tokens and n their number:
+
+    - "token": 1 / sum |o_i|, every token weighs the same: DAPO (2503.14476) eq. 8;
+    - "sequence": 1 / (n |o_i|), every completion weighs the same: GRPO (2402.03300) eq. 3;
+    - "constant": 1 / (n longest), no length in the denominator: Dr. GRPO (2503.20783), listing 1.
+
+    Weights are of a whole minibatch, so the sums of its microbatches add up to the same loss.
+
+    Args:
+      mask: bool [..., L], true at the tokens that count.
+      longest: limit of a completion, read by "constant" only.
+    Returns:
+      float32, shaped as `mask`, 0 where it is false.
+    Raises:
+      ValueError: another `how`.
+    """
+    lengths = mask.sum(-1, keepdims=True)
+    completions = jnp.maximum((lengths > 0).sum(), 1)
+    match how:
+        case "token":
+            size = jnp.maximum(mask.sum(), 1)
+        case "sequence":
+            size = completions * jnp.maximum(lengths, 1)
+        case "constant":
+            size = completions * longest
+        case _:
+            raise ValueError(f"aggregation {how!r} is not one of token, sequence, constant")
+    return jnp.where(mask, 1.0 / size, 0.0).astype(jnp.float32)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum of `values` x `weights`; values without weight may hold anything, NaN included."""
+    return jnp.where(weights > 0, values * weights, 0.0).sum()

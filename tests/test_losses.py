@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from srrl_jax.losses import group_advantages, grpo_loss, kl_penalty, token_mean
+from srrl_jax.losses import (
+    group_advantages,
+    grpo_loss,
+    importance_weights,
+    kl_penalty,
+    log_ratios,
+    overlong_penalty,
+    sequence_log_ratios,
+    token_weights,
+    weighted_sum,
+)
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 shapes = st.sampled_from([(1, 1), (2, 3), (3, 8)])
@@ -23,36 +33,44 @@ def floats(shape, low, high):
     return arrays(np.float32, shape, elements=st.floats(low, high, width=32, allow_subnormal=False))
 
 
-def advantages_oracle(rewards, valid, normalize_std, eps=1e-6):
+def advantages_oracle(rewards, valid, how, eps=1e-6):
     out = np.zeros(rewards.shape)
     for n, (row, ok) in enumerate(zip(rewards.astype(np.float64), valid, strict=True)):
-        if ok.sum() > 1 and np.ptp(row[ok]) > 0:
-            scale = row[ok].std(ddof=1) + eps if normalize_std else 1.0
-            out[n, ok] = (row[ok] - row[ok].mean()) / scale
+        if ok.sum() < 2 or np.ptp(row[ok]) == 0:
+            continue
+        for g in np.flatnonzero(ok):
+            if how == "leave_one_out":
+                out[n, g] = row[g] - np.mean([row[i] for i in np.flatnonzero(ok) if i != g])
+            else:
+                scale = row[ok].std(ddof=1) + eps if how == "std" else 1.0
+                out[n, g] = (row[g] - row[ok].mean()) / scale
     return out
 
 
+HOW = ["std", "mean", "leave_one_out"]
+
+
 @quick
-@given(st.data(), st.booleans())
-def test_advantages(data, normalize_std):
+@given(st.data(), st.sampled_from(HOW))
+def test_advantages(data, how):
     shape = data.draw(shapes)
     # Rewards are ratios of points, so they come in steps; NaN stands for "no reward".
     steps = data.draw(arrays(np.int32, shape, elements=st.integers(-200, 100)))
     valid = data.draw(arrays(bool, shape))
     rewards = np.where(valid, steps / np.float32(100), data.draw(st.sampled_from([0, np.nan, np.inf])))
-    actual = jax.jit(group_advantages, static_argnums=2)(rewards, valid, normalize_std)
+    actual = jax.jit(group_advantages, static_argnums=2)(rewards, valid, how)
     assert actual.dtype == jnp.float32
-    expected = advantages_oracle(rewards.astype(np.float32), valid, normalize_std)
+    expected = advantages_oracle(rewards.astype(np.float32), valid, how)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.where(valid, actual, 0).sum(-1), 0, atol=1e-4)
 
 
-@pytest.mark.parametrize("normalize_std", [True, False])
-def test_advantages_without_variance_are_zero(normalize_std):
+@pytest.mark.parametrize("how", HOW)
+def test_advantages_without_variance_are_zero(how):
     """Exactly: rounding of the mean must not pass for variance, whatever the reward and group size."""
     for size in (1, 3, 7, 8):
         rewards = np.repeat(np.linspace(-1, 1, 41, dtype=np.float32)[:, None], size, axis=1)
-        np.testing.assert_array_equal(group_advantages(rewards, normalize_std=normalize_std), 0)
+        np.testing.assert_array_equal(group_advantages(rewards, how=how), 0)
 
 
 def test_advantages_by_hand():
@@ -62,7 +80,14 @@ def test_advantages_by_hand():
     expected = [[1, -1, 0, 0], [0, 0, 0, 0], [-half, half, -half, half]]
     np.testing.assert_allclose(group_advantages(rewards, valid), expected, atol=1e-5)
     plain = [[0.5, -0.5, 0, 0], [0, 0, 0, 0], [-0.25, 0.25, -0.25, 0.25]]
-    np.testing.assert_allclose(group_advantages(rewards, valid, normalize_std=False), plain, atol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, valid, "mean"), plain, atol=1e-6)
+    others = [[0.75, -0.75, 0, 0], [0, 0, 0, 0], [-1 / 3, 1 / 3, -1 / 3, 1 / 3]]
+    np.testing.assert_allclose(group_advantages(rewards, valid, "leave_one_out"), others, atol=1e-6)
+
+
+def test_advantages_of_another_kind():
+    with pytest.raises(ValueError, match="'median' is not one of std, mean, leave_one_out"):
+        group_advantages(np.zeros((1, 2)), how="median")
 
 
 @st.composite
@@ -72,26 +97,29 @@ def objectives(draw, largest=5.0):
     size = (*shape, 5)
     old = draw(floats(size, -30, 0))
     ratio = draw(floats(size, -largest, largest))
-    bounds = draw(st.sampled_from([(0.2, 0.28), (0.1, 0.1), (0.5, 2.0)]))
+    bounds = draw(st.sampled_from([(0.2, 0.28, np.inf), (0.1, 0.1, 1.5), (0.5, 2.0, 3.5)]))
     return old + ratio, old, draw(floats(shape, -3, 3)), bounds
 
 
-def grpo_oracle(logprobs, old, advantages, low, high):
+def grpo_oracle(logprobs, old, advantages, low, high, dual):
     log_ratio = np.float64(logprobs - old)  # the difference itself is float32 in both
     ratio = np.exp(np.clip(log_ratio, -LIMIT, LIMIT))
     a = np.broadcast_to(advantages[..., None], ratio.shape).astype(np.float64)
-    loss = -np.minimum(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
-    cut_low, cut_high = (ratio < 1 - low) & (a < 0), (ratio > 1 + high) & (a > 0)
+    gain = np.minimum(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
+    with np.errstate(invalid="ignore"):
+        gain = np.where(a < 0, np.maximum(gain, dual * a), gain)
+    cut = {"low": (ratio < 1 - low) & (a < 0), "high": (ratio > 1 + high) & (a > 0)}
+    cut["dual"] = (ratio > dual) & (a < 0)
     inside = np.abs(log_ratio) < LIMIT
-    gradient = np.where(cut_low | cut_high | ~inside, 0.0, -ratio * a)
-    at_a_bound = np.minimum(np.abs(ratio - 1 + low), np.abs(ratio - 1 - high)) < 1e-6
-    return loss, cut_low, cut_high, gradient, at_a_bound | (np.abs(log_ratio) == LIMIT)
+    gradient = np.where(cut["low"] | cut["high"] | cut["dual"] | ~inside, 0.0, -ratio * a)
+    at_a_bound = np.min([np.abs(ratio - bound) for bound in (1 - low, 1 + high, dual)], axis=0) < 1e-6
+    return -gain, cut, gradient, at_a_bound | (np.abs(log_ratio) == LIMIT)
 
 
 @jax.jit
-def grpo_and_gradients(logprobs, old, advantages, low, high):
+def grpo_and_gradients(logprobs, old, advantages, low, high, dual):
     def total(x, y):
-        out = grpo_loss(x, y, advantages, low, high)
+        out = grpo_loss(log_ratios(x, y), advantages, low, high, dual)
         return out[0].sum(), out
 
     gradients, out = jax.grad(total, argnums=(0, 1), has_aux=True)(logprobs, old)
@@ -101,40 +129,87 @@ def grpo_and_gradients(logprobs, old, advantages, low, high):
 @quick
 @given(objectives() | objectives(largest=2000.0))
 def test_grpo(objective):
-    logprobs, old, advantages, (low, high) = objective
-    (loss, masks), (actual, to_old) = grpo_and_gradients(logprobs, old, advantages, low, high)
-    expected, cut_low, cut_high, gradient, ambiguous = grpo_oracle(logprobs, old, advantages, low, high)
+    logprobs, old, advantages, bounds = objective
+    (loss, masks), (actual, to_old) = grpo_and_gradients(logprobs, old, advantages, *bounds)
+    expected, cut, gradient, ambiguous = grpo_oracle(logprobs, old, advantages, *bounds)
     assert loss.shape == logprobs.shape and loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
     clear = ~ambiguous
-    np.testing.assert_array_equal(np.asarray(masks["clip_frac/low"])[clear], cut_low[clear])
-    np.testing.assert_array_equal(np.asarray(masks["clip_frac/high"])[clear], cut_high[clear])
+    for side in ("low", "high", "dual"):
+        np.testing.assert_array_equal(np.asarray(masks[f"clip_frac/{side}"])[clear], cut[side][clear])
 
     assert np.isfinite(actual).all()
     np.testing.assert_allclose(np.asarray(actual)[clear], gradient[clear], rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(to_old, 0)
 
 
+@quick
+@given(objectives(), st.data())
+def test_gspo(objective, data):
+    """The sequence ratio and weights give GSPO's loss and gradient, written from its equations 5 and 7."""
+    logprobs, old, advantages, (low, high, _) = objective
+    mask = data.draw(arrays(bool, logprobs.shape))
+
+    def loss(x):
+        ratios = sequence_log_ratios(log_ratios(x, old), mask)
+        per_token = grpo_loss(ratios, advantages, low, high)[0]
+        return weighted_sum(per_token, token_weights(mask, "sequence"))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logprobs)
+    total, slopes, sequences = 0.0, np.zeros(logprobs.shape), max(mask.any(-1).sum(), 1)
+    difference = np.float64(logprobs - old)
+    near = False
+    for n, g in zip(*np.nonzero(mask.any(-1)), strict=True):
+        counts, a = mask[n, g], np.float64(advantages[n, g])
+        s = np.exp(difference[n, g][counts].mean())
+        total -= min(s * a, np.clip(s, 1 - low, 1 + high) * a) / sequences
+        cut = (s < 1 - low and a < 0) or (s > 1 + high and a > 0)
+        slopes[n, g][counts] = 0.0 if cut else -s * a / sequences / counts.sum()
+        near = near or min(abs(s - 1 + low), abs(s - 1 - high)) < 1e-5
+    np.testing.assert_allclose(value, total, rtol=1e-4, atol=1e-5)
+    if not near:
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
+
+
+@quick
+@given(objectives(largest=2000.0) | objectives(), st.sampled_from([0.5, 2.0, 1e9]))
+def test_importance_weights(objective, cap):
+    old, sampler, _, _ = objective
+    weights = jax.jit(importance_weights)(old, sampler, cap)
+    expected = np.minimum(np.exp(np.clip(np.float64(old - sampler), -LIMIT, LIMIT)), cap)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    assert not jax.grad(lambda x, y: importance_weights(x, y, cap).sum())(old, sampler).any()
+
+
+def test_overlong_penalty_by_hand():
+    lengths = np.array([[0, 80], [90, 100]])
+    np.testing.assert_allclose(overlong_penalty(lengths, 100, 20), [[0, 0], [0.5, 1]])
+    assert not overlong_penalty(lengths, 100, 0).any()
+
+
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "clipped"),
+    ("ratio", "advantage", "loss", "clipped", "dual"),
     [
-        (1.5, 1.0, -1.28, "high"),
-        (1.5, -1.0, 1.5, None),
-        (0.5, -1.0, 0.8, "low"),
-        (0.5, 1.0, -0.5, None),
-        (1.25, 1.0, -1.25, None),  # beyond the low bound's mirror image: the bounds are separate
+        (1.5, 1.0, -1.28, "high", jnp.inf),
+        (1.5, -1.0, 1.5, None, jnp.inf),
+        (0.5, -1.0, 0.8, "low", jnp.inf),
+        (0.5, 1.0, -0.5, None, jnp.inf),
+        (1.25, 1.0, -1.25, None, jnp.inf),  # beyond the low bound's mirror image: the bounds are separate
+        (4.0, -1.0, 3.0, "dual", 3.0),
+        (4.0, 1.0, -1.28, "high", 3.0),
     ],
 )
-def test_grpo_clips_one_side(ratio, advantage, loss, clipped):
+def test_grpo_clips_one_side(ratio, advantage, loss, clipped, dual):
     logprobs = jnp.log(jnp.full((1, 1, 1), ratio))
-    actual, masks = grpo_loss(logprobs, jnp.zeros((1, 1, 1)), jnp.full((1, 1), advantage), 0.2, 0.28)
+    actual, masks = grpo_loss(logprobs, jnp.full((1, 1), advantage), 0.2, 0.28, dual)
     np.testing.assert_allclose(actual[0, 0, 0], loss, rtol=1e-6)
-    assert [side for side in ("low", "high") if masks[f"clip_frac/{side}"].all()] == [clipped] * bool(clipped)
+    sides = ("low", "high", "dual")
+    assert [side for side in sides if masks[f"clip_frac/{side}"].all()] == [clipped] * bool(clipped)
 
 
 def test_grpo_on_policy_gradient_is_reinforce():
     logprobs, advantages = jnp.full((2, 3, 4), -1.7), jnp.arange(6.0).reshape(2, 3) - 2.5
-    gradient = jax.grad(lambda x: grpo_loss(x, logprobs, advantages)[0].sum())(logprobs)
+    gradient = jax.grad(lambda x: grpo_loss(log_ratios(x, logprobs), advantages)[0].sum())(logprobs)
     np.testing.assert_allclose(gradient, -np.broadcast_to(advantages[..., None], (2, 3, 4)), rtol=1e-6)
 
 
@@ -204,11 +279,11 @@ def test_gradients_by_finite_differences(estimator):
     old = -random.random((2, 2, 3)) * 3
     reference = old + 0.3 * random.standard_normal(old.shape)
     advantages = random.standard_normal((2, 2))
-    mask = random.random(old.shape) < 0.7
+    weights = token_weights(random.random(old.shape) < 0.7)
 
     def objective(x):
-        per_token = grpo_loss(x, old, advantages)[0] + 0.1 * kl_penalty(x, reference, estimator)
-        return token_mean(per_token, mask)
+        per_token = grpo_loss(log_ratios(x, old), advantages)[0] + 0.1 * kl_penalty(x, reference, estimator)
+        return weighted_sum(per_token, weights)
 
     with jax.enable_x64(True):
         x = jnp.asarray(old + 0.1 * random.uniform(-1, 1, old.shape))
@@ -220,22 +295,33 @@ def test_gradients_by_finite_differences(estimator):
 
 
 @quick
-@given(st.data())
-def test_token_mean(data):
+@given(st.data(), st.sampled_from(["token", "sequence", "constant"]))
+def test_token_weights(data, how):
     shape = (*data.draw(shapes), 5)
     values, mask = data.draw(floats(shape, -100, 100)), data.draw(arrays(bool, shape))
     values = np.where(mask, values, np.float32(np.nan))  # padding may hold anything
-    chosen = values[mask].astype(np.float64)
-    mean = chosen.sum() / max(len(chosen), 1)
-    np.testing.assert_allclose(token_mean(values, mask), mean, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(token_mean(values, mask, total=50), chosen.sum() / 50, rtol=1e-5, atol=1e-4)
+    chosen = [
+        row[ok].astype(np.float64) for row, ok in zip(values.reshape(-1, 5), mask.reshape(-1, 5), strict=True)
+    ]
+    chosen = [row for row in chosen if len(row)]
+    if not chosen:
+        expected = 0.0
+    elif how == "token":
+        expected = np.concatenate(chosen).mean()
+    elif how == "sequence":
+        expected = np.mean([row.mean() for row in chosen])
+    else:
+        expected = np.sum([row.sum() / 7 for row in chosen]) / len(chosen)
+    weights = token_weights(mask, how, 7)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weighted_sum(values, weights), expected, rtol=1e-5, atol=1e-4)
+    gradient = jax.grad(lambda x: weighted_sum(x, weights))(jnp.asarray(values))
+    np.testing.assert_allclose(gradient, weights)
 
 
-def test_token_mean_of_microbatches_adds_up():
-    random = np.random.default_rng(0)
-    values, mask = random.standard_normal((4, 3, 7), np.float32), random.random((4, 3, 7)) < 0.5
-    parts = [token_mean(values[i : i + 1], mask[i : i + 1], total=mask.sum()) for i in range(4)]
-    np.testing.assert_allclose(sum(parts), token_mean(values, mask), rtol=1e-6)
+def test_another_aggregation():
+    with pytest.raises(ValueError, match="'median' is not one of token, sequence, constant"):
+        token_weights(np.ones((1, 1, 1), bool), "median")
 
 
 def test_imports_nothing_of_the_package():

@@ -1,7 +1,10 @@
-"""From verdicts to the reward of one response."""
+"""From verdicts to rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
+
+from srrl_jax.rubrics.types import Criterion
 
 
 class HasPoints(Protocol):
@@ -24,3 +27,39 @@ def score_response(criteria: Sequence[HasPoints], verdicts: Sequence[bool | None
     if possible == 0:
         return None
     return float(sum(points for points, met in graded if met) / possible)
+
+
+def group_rewards(
+    criteria: Sequence[Criterion],
+    verdicts: Sequence[Sequence[bool | float | None]],
+    *,
+    positive_only: bool = False,
+    drop_unvarying: bool = False,
+    axis_weights: Mapping[str, float] = MappingProxyType({}),
+) -> list[float | None]:
+    """Rewards of a group of responses to one prompt; without options, `score_response` of each.
+
+    Args:
+      criteria: C of them.
+      verdicts: for each of G responses, C verdicts as in `score_response`; a probability counts in part.
+      positive_only: leave out criteria with negative points.
+      drop_unvarying: leave out criteria on which all readable verdicts of the group agree; where only
+        negative criteria are left, the sum of their absolute points divides.
+      axis_weights: a factor for the points of each axis.
+    """
+    points = [c.points * axis_weights.get(c.axis, 1.0) for c in criteria]
+    kept = [
+        not (positive_only and points[i] < 0)
+        and not (drop_unvarying and len({row[i] for row in verdicts} - {None}) < 2)
+        for i in range(len(criteria))
+    ]
+    all_negative = drop_unvarying and not any(p > 0 for p, keep in zip(points, kept, strict=True) if keep)
+
+    def reward(row: Sequence[bool | float | None]) -> float | None:
+        graded = [
+            (p, met) for p, met, keep in zip(points, row, kept, strict=True) if keep and met is not None
+        ]
+        possible = sum(abs(p) for p, _ in graded if p > 0 or all_negative)
+        return sum(p * met for p, met in graded) / possible if possible else None
+
+    return [reward(row) for row in verdicts]

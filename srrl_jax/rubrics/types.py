@@ -23,6 +23,11 @@ class Criterion:
     points: float
     tags: tuple[str, ...] = ()
 
+    @property
+    def axis(self) -> str:
+        """What of a response it judges: "accuracy" for HealthBench's tag "axis:accuracy"; "" without one."""
+        return next((tag.removeprefix("axis:") for tag in self.tags if tag.startswith("axis:")), "")
+
 
 @dataclass(frozen=True)
 class Example:

@@ -15,13 +15,15 @@ class UpdateBatch(NamedTuple):
     """N prompts with their groups; a leading [microbatches, ...] axis where it is scanned over.
 
     Shapes: `tree` with branches [N, G, L]; `mask` bool [N, G, L], true at completion tokens that
-    count; `logprobs` float32 [N, G, L] at sampling; `advantages` float32 [N, G];
-    `reference_logprobs` float32 [N, G, L], zero when there is no KL penalty.
+    count; `logprobs` float32 [N, G, L] at sampling; `old_logprobs` [N, G, L], those that ratios are
+    taken against; `advantages` float32 [N, G]; `reference_logprobs` float32 [N, G, L], zero when
+    there is no KL penalty.
     """
 
     tree: TreeBatch
     mask: jax.Array
     logprobs: jax.Array
+    old_logprobs: jax.Array
     advantages: jax.Array
     reference_logprobs: jax.Array
 
@@ -54,7 +56,8 @@ def pack_groups(
             tree.branches[i, j, : len(completion.tokens)] = completion.tokens
             logprobs[i, j, : len(completion.tokens)] = completion.logprobs
     mask = (np.arange(size) < tree.branch_lengths[..., None]) & scored[..., None]
-    return UpdateBatch(tree, mask, logprobs, np.zeros((n, g), np.float32), np.zeros_like(logprobs))
+    advantages, reference = np.zeros((n, g), np.float32), np.zeros_like(logprobs)
+    return UpdateBatch(tree, mask, logprobs, logprobs, advantages, reference)
 
 
 def split_batch(batch: UpdateBatch, minibatches: int, microbatch: int) -> list[UpdateBatch]:

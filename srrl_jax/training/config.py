@@ -77,13 +77,53 @@ class GradingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The objective: clip bounds, and whether advantages are divided by the group's deviation."""
+class RewardConfig:
+    """From verdicts to the rewards that the policy learns from.
 
+    Attributes:
+      criteria: "signed" subtracts the points of a negative criterion that is met (the paper);
+        "positive" leaves negative criteria out.
+      drop_unvarying: leave out criteria on which a whole group has the same verdict (DR Tulu). Advantages
+        divided by the group's deviation do not change by it, others grow.
+      axis_weights: factors of points by HealthBench axis ("accuracy", ...); 1 where not named.
+      overlong: "mask" keeps truncated completions out of the baseline and the loss (DAPO, 2503.14476).
+      overlong_buffer: tokens before the limit over which a penalty grows from 0 to 1 (DAPO eq. 13).
+      zero_variance: "drop" keeps groups whose rewards are all equal out of the loss's denominator.
+    """
+
+    criteria: Literal["signed", "positive"] = "signed"
+    drop_unvarying: bool = False
+    axis_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    overlong: Literal["keep", "mask"] = "keep"
+    overlong_buffer: int = 0
+    zero_variance: Literal["keep", "drop"] = "keep"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective, see `srrl_jax.losses`.
+
+    Attributes:
+      advantage: how a reward is set against its group, `group_advantages`.
+      ratio: "token", or "sequence" for GSPO's ratio of whole completions.
+      aggregate: how tokens are weighed, `token_weights`.
+      clip_low, clip_high: bounds of the ratio.
+      dual_clip: bound of the ratio under negative advantages; null is none.
+      kl_estimator: of the penalty that `kl_coef` weighs, `kl_penalty`.
+      entropy_coef: weight of the entropy bonus.
+      importance_cap: truncated importance weights against a sampler whose arithmetic differs, at the
+        price of one more forward pass; null is off.
+    """
+
+    advantage: Literal["std", "mean", "leave_one_out"] = "std"
+    ratio: Literal["token", "sequence"] = "token"
+    aggregate: Literal["token", "sequence", "constant"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.28
-    normalize_std: bool = True
+    dual_clip: float | None = None
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +180,7 @@ class TrainConfig:
     grader: Literal["policy", "frozen"] = "policy"
     kl_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -200,6 +241,8 @@ class TrainConfig:
             "kl_coef": self.kl_coef,
             "loss.clip_low": self.loss.clip_low,
             "loss.clip_high": self.loss.clip_high,
+            "loss.entropy_coef": self.loss.entropy_coef,
+            "reward.overlong_buffer": self.reward.overlong_buffer,
             "optimizer.learning_rate": o.learning_rate,
             "optimizer.warmup_steps": o.warmup_steps,
             "optimizer.weight_decay": o.weight_decay,
@@ -210,6 +253,16 @@ class TrainConfig:
         for key, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
             if not 0 <= value < 1:
                 raise InputError(f"{key}: must be from 0 to below 1, not {value}")
+        dual, cap = self.loss.dual_clip, self.loss.importance_cap
+        if dual is not None and not dual > 1 + self.loss.clip_high:
+            raise InputError(f"loss.dual_clip: must be above 1 + loss.clip_high, not {dual}")
+        if cap is not None and not cap > 0:
+            raise InputError(f"loss.importance_cap: must be above 0, not {cap}")
+        if self.reward.overlong_buffer > r.max_new_tokens:
+            raise InputError("reward.overlong_buffer: must not be over rollout.max_new_tokens")
+        for axis, weight in self.reward.axis_weights.items():
+            if not weight >= 0:
+                raise InputError(f"reward.axis_weights.{axis}: must not be negative, not {weight}")
         if not o.grad_clip > 0:
             raise InputError(f"optimizer.grad_clip: must be above 0, not {o.grad_clip}")
 
@@ -217,20 +270,12 @@ class TrainConfig:
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
         """Reads a YAML recipe and applies `key.sub=value` overrides, whose values are YAML too.
 
+        `inherits: other.yaml`, beside the recipe, takes every key of that recipe that is not set anew.
+
         Raises:
           InputError: names the file or override, the key, and for an unknown key the nearest known.
         """
-        path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such config file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a config: {error}") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not valid YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: a config is a mapping of keys to values")
+        values = _read(Path(path))
         _check_keys(cls, values, where=str(path))
         for override in overrides:
             key, equals, text = override.partition("=")
@@ -260,6 +305,26 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain YAML values."""
         return pydantic.TypeAdapter(type(self)).dump_python(self, mode="json")
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML recipe over those that it inherits."""
+    if path.resolve() in heirs:
+        raise InputError(f"{path}: inherits: leads back to the recipe itself")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a config: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a config is a mapping of keys to values")
+    parent = values.pop("inherits", None)
+    if parent is None:
+        return values
+    return _merge(_read(path.parent / str(parent), (*heirs, path.resolve())), values)
 
 
 def _put(target: dict[str, Any], path: list[str], value: Any) -> None:

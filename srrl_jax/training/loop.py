@@ -27,6 +27,7 @@ from srrl_jax.training.checkpoint import Checkpoints, TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import SelfRewarder, rewards_of
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
+from srrl_jax.training.rewards import training_rewards, without_variance
 from srrl_jax.training.run import load_tasks, open_run
 from srrl_jax.training.update import completion_logprobs, make_optimizer, make_schedule, make_update
 
@@ -90,7 +91,7 @@ def train(config: TrainConfig) -> TrainState:
                         state.params, held_out, config.eval.samples, rollout_key, on_wave
                     )
                     graded = rewarder.grade(judge(), held_out, groups, grade_key, on_wave)
-                score = completion_metrics(held_out, groups, graded)["reward/mean"]
+                score = completion_metrics(held_out, groups, graded, rewards_of(graded))["reward/mean"]
                 return {"eval/self": score}, sample_rows("eval", held_out, groups, graded)
 
             if done is None and held_out:
@@ -115,9 +116,13 @@ def train(config: TrainConfig) -> TrainState:
                     graded = rewarder.grade(judge(), batch_tasks, groups, grade_key, on_wave)
 
                 # 3. Rewards relative to the group; an answer without a reward does not count.
-                rewards = rewards_of(graded)
+                rewards = training_rewards(
+                    batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens
+                )
                 scored = ~np.isnan(rewards)
-                advantages = np.asarray(group_advantages(rewards, scored, config.loss.normalize_std))
+                advantages = np.asarray(group_advantages(rewards, scored, config.loss.advantage))
+                if config.reward.zero_variance == "drop":
+                    scored &= ~without_variance(rewards)[:, None]
                 batch = pack_groups(
                     [task.prompt for task in batch_tasks],
                     groups,
@@ -130,12 +135,21 @@ def train(config: TrainConfig) -> TrainState:
                     for part in split_batch(batch, config.optimizer.minibatches, config.optimizer.microbatch)
                 ]
 
-                # 4. How likely the frozen reference finds the completions.
+                # 4. How likely the frozen reference finds the completions, and, where it is not taken
+                #    from the sampler, the policy itself before its updates.
+                scorers = {}
                 if config.kl_coef > 0:
+                    scorers["reference_logprobs"] = frozen
+                if config.loss.importance_cap is not None:
+                    scorers["old_logprobs"] = state.params
+                if scorers:
                     with phase("logprob"):
                         for i, part in enumerate(minibatches):
-                            reference = completion_logprobs(graphdef, frozen, part, temperature)
-                            minibatches[i] = part._replace(reference_logprobs=reference.block_until_ready())
+                            found = {
+                                name: completion_logprobs(graphdef, params, part, temperature)
+                                for name, params in scorers.items()
+                            }
+                            minibatches[i] = part._replace(**jax.block_until_ready(found))
 
                 # 5. One AdamW update for each minibatch.
                 with phase("update"):
@@ -146,7 +160,9 @@ def train(config: TrainConfig) -> TrainState:
                         learnt.append(numbers)
                     metrics = update_metrics(jax.device_get(learnt))
 
-                metrics |= completion_metrics(batch_tasks, groups, graded) | rates(groups, graded, times)
+                metrics |= completion_metrics(batch_tasks, groups, graded, rewards) | rates(
+                    groups, graded, times
+                )
                 metrics["lr"] = float(schedule(step * config.optimizer.minibatches - 1))
                 samples = sample_rows("train", batch_tasks, groups, graded, advantages)
                 last = step == config.steps

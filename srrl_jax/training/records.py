@@ -5,14 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from srrl_jax.sampling import Completion
-from srrl_jax.training.experience import Graded, Task, rewards_of
+from srrl_jax.training.experience import Graded, Task
 
 
 def completion_metrics(
-    tasks: Sequence[Task], groups: Sequence[Sequence[Completion]], graded: Sequence[Sequence[Graded]]
+    tasks: Sequence[Task],
+    groups: Sequence[Sequence[Completion]],
+    graded: Sequence[Sequence[Graded]],
+    rewards: np.ndarray,
 ) -> dict[str, float]:
-    """Means over a step's completions and verdicts, by the names of the README's table."""
-    rewards = rewards_of(graded)
+    """Means over a step's completions and verdicts, by the names of the README's table.
+
+    Args:
+      rewards: [N, G], NaN where there is none.
+    """
     flat = [completion for group in groups for completion in group]
     judged = [
         (criterion, verdict)

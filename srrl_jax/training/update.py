@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from srrl_jax.losses import grpo_loss, kl_penalty, token_mean
+from srrl_jax.losses import (
+    grpo_loss,
+    importance_weights,
+    kl_penalty,
+    log_ratios,
+    sequence_log_ratios,
+    token_weights,
+    weighted_sum,
+)
 from srrl_jax.models import branch_logprobs
 from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.config import OptimizerConfig, TrainConfig
@@ -45,37 +53,47 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
     `batch` is an UpdateBatch with a leading axis of microbatches; parameters and optimizer state are
     donated. Metrics are float32 scalars.
     """
-    loss_config, temperature = config.loss, config.rollout.sampling.temperature
+    c, temperature = config.loss, config.rollout.sampling.temperature
 
-    def microbatch_loss(params, batch: UpdateBatch, total):
+    def microbatch_loss(params, batch: UpdateBatch, weights, share):
         model = nnx.merge(graphdef, params)
         logprobs, entropy = branch_logprobs(model, batch.tree, temperature, remat=config.optimizer.remat)
-        policy, clipped = grpo_loss(
-            logprobs, batch.logprobs, batch.advantages, loss_config.clip_low, loss_config.clip_high
-        )
-        kl = jnp.zeros_like(logprobs)
+        ratios = log_ratios(logprobs, batch.old_logprobs)
+        if c.ratio == "sequence":
+            ratios = sequence_log_ratios(ratios, batch.mask)
+        loss, values = grpo_loss(ratios, batch.advantages, c.clip_low, c.clip_high, c.dual_clip or jnp.inf)
+        if c.importance_cap is not None:
+            trust = importance_weights(batch.old_logprobs, batch.logprobs, c.importance_cap)
+            loss = loss * trust
+            values |= {"importance/mean": trust, "importance/capped": trust >= c.importance_cap}
         if config.kl_coef > 0:
-            kl = kl_penalty(logprobs, batch.reference_logprobs, loss_config.kl_estimator)
-        values = {"loss": policy + config.kl_coef * kl, "kl": kl, "entropy": entropy, **clipped}
-        means = {name: token_mean(value, batch.mask, total) for name, value in values.items()}
-        gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0).max()
-        return means["loss"], (means, gap)
+            values["kl"] = kl_penalty(logprobs, batch.reference_logprobs, c.kl_estimator)
+            loss = loss + config.kl_coef * values["kl"]
+        if c.entropy_coef > 0:
+            loss = loss - c.entropy_coef * entropy
+        loss = weighted_sum(loss, weights)
+        gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
+        values |= {"entropy": entropy, "logprob_diff/mean": gap}
+        means = {name: weighted_sum(value, share) for name, value in values.items()}
+        return loss, (means | {"loss": loss}, gap.max())
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, opt_state: Any, batch: UpdateBatch):
-        total = batch.mask.sum()
+        # Weights of the whole minibatch, so that its microbatches add up to one large batch.
+        weights = token_weights(batch.mask, c.aggregate, config.rollout.max_new_tokens)
+        share = token_weights(batch.mask)
+
+        gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
 
         def accumulate(carry, microbatch):
-            grads, means, gap = carry
-            (_, (more, wider)), more_grads = jax.value_and_grad(microbatch_loss, has_aux=True)(
-                params, microbatch, total
-            )
-            add = partial(jax.tree.map, jnp.add)
-            return (add(grads, more_grads), add(means, more), jnp.maximum(gap, wider)), None
+            (_, (means, gap)), grads = gradient(params, *microbatch)
+            total, widest = carry
+            return (jax.tree.map(jnp.add, total, (grads, means)), jnp.maximum(widest, gap)), None
 
-        names = ("loss", "kl", "entropy", "clip_frac/low", "clip_frac/high")
-        start = (jax.tree.map(jnp.zeros_like, params), dict.fromkeys(names, jnp.float32(0)), jnp.float32(0))
-        (grads, means, gap), _ = jax.lax.scan(accumulate, start, batch)
+        microbatches = (batch, weights, share)
+        (_, (means, _)), grads = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], microbatches))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, means)), jnp.float32(0)
+        ((grads, means), gap), _ = jax.lax.scan(accumulate, start, microbatches)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         metrics = {**means, "logprob_diff/max": gap, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, metrics

@@ -135,6 +135,9 @@ class Key(NamedTuple):
 
 
 HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
+FAST = ("optimizer.learning_rate=0.005", "group_size=4")  # ratios far from 1
+CUT = ("rollout.max_new_tokens=20", "rollout.completion_buckets=[20]")  # too short for some answers
+KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
 SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
 
 KEYS = {
@@ -170,7 +173,18 @@ KEYS = {
     "grading.sampling.min_p": Key("0.5", grades_only, HOT),
     "loss.clip_low": Key("0.0001", clipping("clip_frac/low")),
     "loss.clip_high": Key("0.0001", clipping("clip_frac/high")),
-    "loss.normalize_std": Key("false", learning),
+    "reward.criteria": Key("positive", learning),
+    "reward.drop_unvarying": Key("true", learning, ("loss.advantage=mean",)),
+    "reward.axis_weights": Key("{{completeness: 0.1}}", learning),
+    "reward.overlong": Key("mask", learning, CUT),
+    "reward.overlong_buffer": Key("60", learning),
+    "reward.zero_variance": Key("drop", learning, (*KIND_ONLY, "prompts_per_step=4")),
+    "loss.advantage": Key("mean", learning),
+    "loss.ratio": Key("sequence", learning),
+    "loss.aggregate": Key("sequence", learning),
+    "loss.dual_clip": Key("1.2801", clipping("clip_frac/dual"), FAST),
+    "loss.entropy_coef": Key("0.1", learning),
+    "loss.importance_cap": Key("0.9", learning),
     "loss.kl_estimator": Key("k2", metric("kl")),
     "optimizer.learning_rate": Key("0.002", learning),
     "optimizer.minibatches": Key("1", lambda one, other: len(one.batches) == 2 * len(other.batches)),

@@ -42,6 +42,22 @@ def test_overrides_replace_one_value_each_and_leave_the_others():
     assert config.data.train == base.data.train and config.rollout.prompt_buckets == (36,)
 
 
+def test_a_recipe_inherits_what_it_does_not_set(tmp_path):
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    (tmp_path / "heir.yaml").write_text("inherits: base.yaml\nsteps: 7\ngrading: {tries: 5}\n")
+    heir, base = TrainConfig.load(tmp_path / "heir.yaml", ["seed=3"]), TrainConfig.load(DEMO)
+    assert heir != base
+    assert heir == TrainConfig.load(DEMO, ["steps=7", "grading.tries=5", "seed=3"])
+
+
+def test_a_recipe_that_inherits_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("inherits: b.yaml")
+    (tmp_path / "b.yaml").write_text("inherits: a.yaml")
+    assert "inherits: leads back" in refused(path=tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("inherits: none.yaml")
+    assert "none.yaml: no such config file" in refused(path=tmp_path / "a.yaml")
+
+
 def test_a_later_override_wins():
     assert TrainConfig.load(DEMO, ["steps=7", "steps=8"]).steps == 8
 

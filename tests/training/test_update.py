@@ -116,7 +116,7 @@ def test_kl_adds_its_coefficient_times_the_mean_to_the_loss(batch, learn, tiny):
     reference = np.asarray(completion_logprobs(graphdef, shifted, part, 1.0))
     with_reference = batch._replace(reference_logprobs=reference.reshape(batch.logprobs.shape))
     _, without = learn(with_reference)
-    assert without["kl"] == 0
+    assert "kl" not in without
     kl = {}
     for estimator in ("k1", "k2", "k3"):
         _, metrics = learn(with_reference, "kl_coef=0.25", f"loss.kl_estimator={estimator}")

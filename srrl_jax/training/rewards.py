@@ -1,0 +1,50 @@
+"""From graded completions to the rewards that a group is compared by."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from srrl_jax.losses import overlong_penalty
+from srrl_jax.rubrics import group_rewards
+from srrl_jax.sampling import Completion
+from srrl_jax.training.config import RewardConfig
+from srrl_jax.training.experience import Graded, Task
+
+
+def training_rewards(
+    tasks: Sequence[Task],
+    groups: Sequence[Sequence[Completion]],
+    graded: Sequence[Sequence[Graded]],
+    config: RewardConfig,
+    longest: int,
+) -> np.ndarray:
+    """float32 [N, G]; NaN where a completion has no reward, or is truncated and `overlong` is "mask".
+
+    Args:
+      longest: limit of a completion, in tokens.
+    """
+    rewards = np.array(
+        [
+            group_rewards(
+                task.example.rubrics,
+                [[verdict.met for verdict in g.verdicts] for g in row],
+                positive_only=config.criteria == "positive",
+                drop_unvarying=config.drop_unvarying,
+                axis_weights=config.axis_weights,
+            )
+            for task, row in zip(tasks, graded, strict=True)
+        ],
+        np.float32,  # None becomes NaN
+    )
+    lengths = np.array([[len(c.tokens) for c in group] for group in groups])
+    rewards -= overlong_penalty(lengths, longest, config.overlong_buffer)
+    if config.overlong == "mask":
+        rewards[np.array([[c.truncated for c in group] for group in groups])] = np.nan
+    return rewards
+
+
+def without_variance(rewards: np.ndarray) -> np.ndarray:
+    """bool [N], true where fewer than two rewards of a group [N, G] are known, or all are the same."""
+    known = ~np.isnan(rewards)
+    top, bottom = (np.where(known, rewards, end) for end in (-np.inf, np.inf))
+    return (known.sum(-1) < 2) | (top.max(-1) == bottom.min(-1))

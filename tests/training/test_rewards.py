@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from srrl_jax.grading import Verdict
+from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.sampling import Completion
+from srrl_jax.training.config import RewardConfig
+from srrl_jax.training.experience import Graded, Task
+from srrl_jax.training.rewards import training_rewards, without_variance
+
+RUBRIC = (
+    Criterion("right", 6, ("axis:accuracy", "level:example")),
+    Criterion("kind", 4, ("axis:communication_quality",)),
+    Criterion("sells", -5, ("axis:accuracy",)),
+)
+TASK = Task(Example(({"role": "user", "content": "?"},), RUBRIC, "id"), [1], "", 0)
+VERDICTS = [(True, True, False), (False, True, False), (True, True, True), (None, None, None)]
+LENGTHS = [10, 20, 30, 40]  # the last is cut off
+
+
+def rewards(verdicts=VERDICTS, **options):
+    group = [Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), n == 40) for n in LENGTHS]
+    graded = [Graded("", "", [Verdict(met, "", 1, 1) for met in row], None) for row in verdicts]
+    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(**options), longest=40)
+    assert row.dtype == np.float32
+    return row
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 0.4, 0.5, np.nan]),
+        ({"criteria": "positive"}, [1, 0.4, 1, np.nan]),
+        ({"drop_unvarying": True}, [1, 0, 1 / 6, np.nan]),  # all were kind
+        ({"axis_weights": {"accuracy": 0.5}}, [1, 4 / 7, 4.5 / 7, np.nan]),
+        ({"overlong_buffer": 20}, [1, 0.4, 0, np.nan]),
+        ({"overlong": "mask"}, [1, 0.4, 0.5, np.nan]),
+    ],
+)
+def test_rewards_by_hand(options, expected):
+    np.testing.assert_allclose(rewards(**options), expected, rtol=1e-6)
+
+
+def test_masking_takes_a_truncated_completion_out():
+    alike = [(True, True, False)] * 4
+    np.testing.assert_array_equal(rewards(alike), [1, 1, 1, 1])
+    np.testing.assert_array_equal(rewards(alike, overlong="mask"), [1, 1, 1, np.nan])
+
+
+def test_only_negative_criteria_vary():
+    verdicts = [(True, True, False), (True, True, True), *VERDICTS[2:]]
+    np.testing.assert_allclose(rewards(verdicts, drop_unvarying=True), [0, -1, -1, np.nan])
+
+
+def test_without_variance():
+    table = np.array([[0.5, 0.5, np.nan], [0.1, 0.2, 0.2], [0.3, np.nan, np.nan], [np.nan] * 3], np.float32)
+    np.testing.assert_array_equal(without_variance(table), [True, False, True, True])
