@@ -1,8 +1,16 @@
 """Fixtures that every room uses."""
 
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.registry import _registry as fsspec_registry
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +21,112 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the shared data folder beside the checkout ({SHARED_DATA.name}/ is not there)")
     return SHARED_DATA
+
+
+class Bucket(MemoryFileSystem):
+    """Objects of gs:// in memory: `open` and `os` do not find them, and nothing is appended to one."""
+
+    protocol = ("gs", "gcs")
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        path = str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
+        return f"/{path}" if path else ""
+
+    def _open(self, path, mode="rb", **kwargs):
+        if "a" in mode:
+            raise NotImplementedError("an object store cannot append")
+        return super()._open(path, mode, **kwargs)
+
+
+class StorageApi(BaseHTTPRequestHandler):
+    """The part of Cloud Storage's JSON API that TensorStore uses, on the objects of `Bucket`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path, query = self._target()
+        if path is None:
+            prefix = f"{self._bucket()}/{query.get('prefix', '')}"
+            found = sorted(path for path in Bucket.store if path.startswith(prefix))
+            return self._answer(200, json.dumps({"items": [self._about(path) for path in found]}).encode())
+        if path not in Bucket.store:
+            return self._answer(404)
+        data, generation = Bucket.store[path].getvalue(), self._generation(path)
+        if query.get("ifGenerationNotMatch") == generation:
+            return self._answer(304)
+        first, last = 0, len(data) - 1
+        if "Range" in self.headers:
+            low, high = self.headers["Range"].removeprefix("bytes=").split("-")
+            first = int(low) if low else len(data) - int(high)
+            last = min(int(high), last) if low and high else last
+        headers = {"x-goog-generation": generation, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+        self._answer(206 if "Range" in self.headers else 200, data[first : last + 1], headers)
+
+    def do_POST(self):
+        _, query = self._target()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        path = f"{self._bucket()}/{query['name']}"
+        if query.get("ifGenerationMatch", self._generation(path)) != self._generation(path):
+            return self._answer(412)
+        Bucket.store[path] = MemoryFile(None, path, data)
+        self._answer(200, json.dumps(self._about(path)).encode())
+
+    def do_DELETE(self):
+        path, _ = self._target()
+        self._answer(204 if Bucket.store.pop(path, None) else 404)
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    def _bucket(self) -> str:
+        return "/" + self.path.partition("/b/")[2].partition("/o")[0]
+
+    def _target(self) -> tuple[str | None, dict[str, str]]:
+        url = urlsplit(self.path)
+        name = unquote(url.path.partition("/o/")[2])
+        return f"{self._bucket()}/{name}" if name else None, dict(parse_qsl(url.query))
+
+    def _generation(self, path: str) -> str:
+        file = Bucket.store.get(path)
+        return str(int(file.created.timestamp() * 1e6)) if file else "0"
+
+    def _about(self, path: str) -> dict[str, str]:
+        size = len(Bucket.store[path].getvalue())
+        name = path.removeprefix(f"{self._bucket()}/")
+        return {"name": name, "generation": self._generation(path), "size": str(size)}
+
+    def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="session")
+def storage_api():
+    """Points TensorStore, which writes the arrays of checkpoints, to `Bucket` for the rest of the session."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StorageApi)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ["TENSORSTORE_GCS_HTTP_URL"] = f"http://127.0.0.1:{server.server_port}"
+    os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "none"
+    yield
+    server.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch, storage_api) -> epath.Path:
+    """`gs://bucket`, empty and of this test alone; needs neither the network nor gcsfs."""
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    for protocol in Bucket.protocol:
+        monkeypatch.setitem(fsspec_registry, protocol, Bucket)
+    get_filesystem = epath.backend.fsspec_backend._get_filesystem
+    get_filesystem.cache_clear()
+    path = epath.Path("gs://bucket")
+    path.mkdir()
+    yield path
+    get_filesystem.cache_clear()

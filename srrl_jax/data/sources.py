@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
+from srrl_jax import storage
 from srrl_jax.data.tfds import read_tfds
 from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Example
@@ -33,7 +36,7 @@ def load_examples(source: str | Path) -> list[Example]:
 
     `source` is a `.jsonl` file in HealthBench's schema, a `.parquet` file, a directory that
     `srrl_jax.data.write_tfds` or `datasets.save_to_disk` wrote, or a Hub id `owner/name` with an
-    optional `:split` (default train).
+    optional `:split` (default train). Files and `datasets` directories may lie on gs:// or s3://.
 
     Raises InputError that names the file and line (or the row) and the mend: a source that does
     not exist, invalid JSON, a row that `Example.from_dict` refuses, a repeated `prompt_id`, no rows.
@@ -75,7 +78,8 @@ def read_rows(source: str | Path) -> Iterator[Row]:
 
     Raises InputError for a source that cannot be read at all.
     """
-    source, path = str(source), Path(source)
+    source = str(source)
+    path = storage.locate(source) if storage.is_remote(source) else epath.Path(source)
     hub_id = _HUB_ID.fullmatch(source)
     if path.is_file() and path.suffix == ".jsonl":
         return _jsonl(path)
@@ -84,6 +88,10 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     if path.is_file():
         raise InputError(f"{source} is neither .jsonl nor .parquet: convert it to one of them")
     if (path / "features.json").is_file():
+        if storage.is_remote(path):
+            raise InputError(
+                f"{source}: array_record files are read from a disk; mount the bucket, or copy them"
+            )
         return _numbered(source, read_tfds(path))
     if (path / "state.json").is_file():
         return _by_datasets(source, lambda datasets: datasets.load_from_disk(source))
@@ -96,17 +104,13 @@ def read_rows(source: str | Path) -> Iterator[Row]:
             f"{source} is a directory, but neither srrl_jax.data.write_tfds nor "
             "datasets.save_to_disk wrote it: give a .jsonl or .parquet file in it"
         )
-    if "://" in source:
-        raise InputError(
-            f"{source} is a URL: mount the bucket (e.g. with gcsfuse) or copy the rows, and give the path"
-        )
     if hub_id and not _FILE.search(source):
         name, split = hub_id["name"], hub_id["split"] or "train"
         return _by_datasets(source, lambda datasets: datasets.load_dataset(name, split=split))
     raise InputError(f"{source}: no such file or directory; check the path of the rows")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: epath.Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"

@@ -82,8 +82,8 @@ def test_sources_of_no_known_kind(tmp_path):
         load_examples(tmp_path / "rows.csv")
     with pytest.raises(InputError, match="give a .jsonl or .parquet file in it"):
         load_examples(tmp_path)
-    with pytest.raises(InputError, match="is a URL: mount the bucket"):
-        load_examples("gs://bucket/rows.jsonl")
+    with pytest.raises(InputError, match="is a URL: give a path"):
+        load_examples("https://example.com/rows.jsonl")
 
 
 def test_tfds_round_trip(tmp_path):
@@ -152,6 +152,23 @@ def test_datasets_directory_and_parquet(datasets, tmp_path):
     dataset.to_parquet(tmp_path / "rows.parquet")
     assert load_examples(tmp_path / "saved") == EXAMPLES
     assert load_examples(tmp_path / "rows.parquet") == EXAMPLES
+
+
+def test_rows_in_a_bucket(datasets, bucket, tmp_path):
+    dataset = datasets.Dataset.from_list([e.to_dict() for e in EXAMPLES])
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "saved" / "rows.parquet")
+    write_jsonl(tmp_path / "saved" / "rows.jsonl", ROWS)
+    for file in (tmp_path / "saved").iterdir():
+        (bucket / "saved" / file.name).write_bytes(file.read_bytes())
+    assert load_examples("gs://bucket/saved/rows.jsonl") == EXAMPLES
+    assert load_examples("gs://bucket/saved/rows.parquet") == EXAMPLES
+    assert load_examples("gs://bucket/saved") == EXAMPLES
+    with pytest.raises(InputError, match="gs://bucket/none.jsonl: no such file"):
+        load_examples("gs://bucket/none.jsonl")
+    (bucket / "tfds" / "features.json").write_bytes(b"{}")
+    with pytest.raises(InputError, match="array_record files are read from a disk"):
+        load_examples("gs://bucket/tfds")
 
 
 def test_datasets_directory_of_several_splits_names_them(datasets, tmp_path):
