@@ -20,6 +20,11 @@ from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
 
+_SAVED = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 class Scale(nnx.Module):
     """RMSNorm over the last axis; statistics in float32."""
@@ -161,7 +166,7 @@ class Qwen3(nnx.Module):
         x, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
         return self.logits(x[:, 0])
 
-    def extend(self, tokens, positions, mask, context: list[Segment] = (), remat: bool = False):
+    def extend(self, tokens, positions, mask, context: list[Segment] = (), remat: str = "none"):
         """Runs tokens that continue a context: the one path of prefill, decode and training.
 
         Args:
@@ -170,7 +175,8 @@ class Qwen3(nnx.Module):
           mask: bool [N, B, T], false at padding. Attention within a branch is causal.
           context: what came before, each with `k`, `v` [layers, N, K, B or 1, S, D]; with `positions`
             where the config has layers of sliding attention.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what the backward pass computes again of each layer instead of keeping it: "none"; "full",
+            everything; "dots", all but the products with weights.
         Returns:
           Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
           keys and values, each [layers, N, K, B, T, D].
@@ -198,7 +204,8 @@ class Qwen3(nnx.Module):
             x, kv = nnx.merge(graphdef, weights)(x, cos, sin, segments, mask)
             return constrain(x, "batch", None, None, None), kv
 
-        body = jax.checkpoint(body) if remat else body
+        if remat != "none":
+            body = jax.checkpoint(body, policy=_SAVED[remat])
         x, kv = jax.lax.scan(body, x, (stacked, [(s.k, s.v) for s in context], c.windows))
         return self.norm(x), kv
 

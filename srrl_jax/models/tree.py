@@ -33,7 +33,7 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[..., None, None], axis=2)[:, :, 0]
 
 
-def extend_prefix(model: Qwen3, tree: TreeBatch, remat: bool = False):
+def extend_prefix(model: Qwen3, tree: TreeBatch, remat: str = "none"):
     """Computes each prefix once: the last hidden state [N, hidden], and what its branches attend to."""
     n, p = tree.prefix.shape
     mask = _within(tree.prefix_lengths, p)[:, None]
@@ -43,7 +43,7 @@ def extend_prefix(model: Qwen3, tree: TreeBatch, remat: bool = False):
     return last, Segment(k, v, mask[:, :, None], positions)
 
 
-def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: bool = False):
+def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: str = "none"):
     """Computes the branches on top of their prefix: hidden [N, B, L, hidden], and their K/V segment."""
     size = tree.branches.shape[-1]
     mask = _within(tree.branch_lengths, size)
@@ -68,7 +68,7 @@ def last_states(model: Qwen3, tree: TreeBatch):
     return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, branch
 
 
-def branch_logprobs(model: Qwen3, tree: TreeBatch, temperature=1.0, remat: bool = False):
+def branch_logprobs(model: Qwen3, tree: TreeBatch, temperature=1.0, remat: str = "none"):
     """Teacher forcing: log-probability and entropy, float32 [N, B, L], of every branch token.
 
     Each prefix is computed once, whatever the number of branches. Values at padding mean nothing.

@@ -133,7 +133,8 @@ class OptimizerConfig:
     Attributes:
       minibatches: updates of one step; each takes its share of the step's prompts.
       microbatch: prompts (with their whole groups) of one forward and backward pass.
-      remat: recompute activations in the backward pass.
+      remat: what the backward pass computes again instead of keeping it: "none"; "full", all of each layer;
+        "dots", all but products with weights.
     """
 
     learning_rate: float = 1e-6
@@ -144,7 +145,7 @@ class OptimizerConfig:
     grad_clip: float = 1.0
     minibatches: int = 1
     microbatch: int = 1
-    remat: bool = True
+    remat: Literal["none", "full", "dots"] = "full"
 
 
 @dataclasses.dataclass(frozen=True)

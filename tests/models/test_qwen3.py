@@ -96,7 +96,7 @@ def test_tree_equals_flat(tiny, relative_error):
     positions = prefix_lengths[:, None, None] + np.broadcast_to(np.arange(depth), (2, 2, depth))
     branch_mask = np.arange(depth) < branch_lengths[..., None]
     context = [Segment(k, v, prefix_mask[:, None, None])]
-    for remat in (False, True):
+    for remat in ("none", "full", "dots"):
         hidden, _ = model.extend(branches, positions, branch_mask, context, remat=remat)
         logits = model.logits(hidden)
         for n in range(2):

@@ -61,7 +61,7 @@ def test_window_counts_the_token_itself(tiny):
 
 def test_tree_equals_flat(tiny, tree):
     model = tiny(**SLIDING)
-    logprobs, _ = jax.jit(lambda m, t: branch_logprobs(m, t, remat=True))(model, tree)
+    logprobs, _ = jax.jit(lambda m, t: branch_logprobs(m, t, remat="full"))(model, tree)
     for i, (tokens, logits, start) in enumerate(flat(model, tree)):
         expected = jax.nn.log_softmax(logits)[np.arange(start - 1, len(tokens) - 1), tokens[start:]]
         actual = logprobs.reshape(6, -1)[i, : len(expected)]

@@ -42,7 +42,7 @@ def gradient(model, tree):
     mask = np.arange(6) < tree.branch_lengths[..., None]
 
     def loss(model):
-        logprobs, entropy = branch_logprobs(model, tree, 0.8, remat=True)
+        logprobs, entropy = branch_logprobs(model, tree, 0.8, remat="full")
         return ((logprobs + 0.1 * entropy) * mask).sum() / mask.sum()
 
     return nnx.state(nnx.grad(loss)(model))
