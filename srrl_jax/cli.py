@@ -57,6 +57,21 @@ def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) ->
     print(f"report: {write_report(run_dir)}")
 
 
+@app.command("export")
+def _export(
+    run_dir: Annotated[str, typer.Argument(help="A run directory.")],
+    out: Annotated[str, typer.Argument(help="The directory to write.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest by default.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the files.")
+    ] = "float32",
+) -> None:
+    """Write the trained model as a directory that transformers loads."""
+    from srrl_jax.training.export import export
+
+    print(f"step {export(run_dir, out, step, dtype)}: {out}")
+
+
 @data_app.command("check")
 def _check(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows: .jsonl or another source.")],

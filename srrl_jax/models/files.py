@@ -10,13 +10,19 @@ import numpy as np
 
 from srrl_jax.errors import InputError
 
+Box = tuple[slice, ...]  # a part of an array: for each axis a slice with start and stop
+
 
 class Tensor(NamedTuple):
-    """A tensor of a file, known by its header; `read()` gives its values, of `shape`."""
+    """A tensor of a file, known by its header.
+
+    `read(box, out)` fills `out` with the values in `box`, converted to the type of `out`; no more of
+    the file is read than that takes.
+    """
 
     file: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[Box, np.ndarray], None]
 
 
 def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:

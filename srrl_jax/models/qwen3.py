@@ -144,11 +144,14 @@ class Qwen3(nnx.Module):
 
         return weights.load(source, mesh=mesh, dtype=dtype)
 
-    def save_pretrained(self, directory: str | Path, dtype=jnp.float32) -> None:
-        """Writes config.json and safetensors that `transformers` loads."""
-        from srrl_jax.models import weights
+    def save_pretrained(self, directory: str | Path, dtype=None, **options) -> None:
+        """Writes config.json and safetensors that `transformers` loads.
 
-        weights.save(self, directory, dtype=dtype)
+        See `srrl_jax.models.saving.save` for `options`: tokenizer files, and the size of a file.
+        """
+        from srrl_jax.models import saving
+
+        saving.save(self, directory, dtype, **options)
 
     def __call__(self, tokens, positions=None, mask=None) -> jax.Array:
         """Logits of flat sequences.

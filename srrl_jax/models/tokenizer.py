@@ -14,7 +14,8 @@ from srrl_jax.errors import InputError
 from srrl_jax.models.files import local_directory, read_json
 from srrl_jax.models.quoting import control_pattern, quote, unquoted
 
-_PATTERNS = (
+# What a checkpoint has beside its weights, as globs.
+TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "config.json", "generation_config.json",
 )  # fmt: skip
@@ -77,7 +78,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
       InputError: neither file is there or readable, or there is no chat template or stop token.
     """
-    directory = local_directory(source, _PATTERNS)
+    directory = local_directory(source, TOKENIZER_FILES)
     if (directory / "tokenizer.json").exists():
         return _HuggingFace(directory)
     if (directory / "tokenizer.model").exists():

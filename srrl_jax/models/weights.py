@@ -1,31 +1,32 @@
-"""Checkpoints: Hugging Face safetensors and GGUF in, safetensors out.
+"""Loading a checkpoint, Hugging Face safetensors or GGUF, straight into the shards of a mesh.
 
-Nothing is allocated and no values are read before every name and shape is known to fit.
+Nothing is allocated and no values are read before every name and shape is known to fit. Then a
+parameter is made at a time, and of a stack of layers one layer: beside the loaded weights the host
+holds at most what its devices need of one tensor (of one layer's experts in a mixture of experts).
 """
 
-import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import process_allgather
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import gguf
+from srrl_jax.models import gguf, safetensors
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.files import Tensor, local_directory, read_json
+from srrl_jax.models.files import Box, Tensor, local_directory, read_json
+from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.parallel import shardings
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
-    """Loads a checkpoint.
+    """Loads a checkpoint; each process reads what its own devices hold.
 
     Args:
       source: a directory or a hub id `owner/name` that holds `config.json` with
@@ -36,60 +37,90 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
       InputError: no weights, pickled weights, an unreadable file, a config that this network does
         not compute, or tensors that are missing, unexpected or misshapen (names tensor and file).
     """
-    directory = local_directory(source, ("*.json", "*.safetensors", "*.model", "*.jinja"))
+    directory = _fetch(source)
     config, tensors = _open(directory)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    graphdef, state = nnx.split(abstract(config, dtype))
     variables = dict(nnx.to_flat_state(state))
-    names = {path: _names(path, config) for path in variables}
+    names = {path: tensor_names(path, config) for path in variables}
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors)
-
-    def value(path, variable) -> jax.Array:
-        host = np.empty(variable.shape, jnp.dtype(dtype))
-        for row, name in zip(_rows(path, host), names[path], strict=True):
-            row[...] = tensors[name].read()
-        if mesh is None:
-            return jnp.asarray(host)
-        # Every process reads the file; each puts only its own shards on its devices.
-        return jax.make_array_from_callback(host.shape, shardings(variable, mesh), host.__getitem__)
-
-    loaded = [(path, v.replace(value(path, v))) for path, v in variables.items()]
+    loaded = []
+    for path, variable in variables.items():
+        sharding = None if mesh is None else shardings(variable, mesh)
+        parts = {index: tensors[name] for name, index in names[path].items()}
+        loaded.append((path, variable.replace(_parameter(parts, variable.shape, sharding, dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def save(model: Qwen3, directory: str | Path, dtype=jnp.float32) -> None:
-    """Writes `config.json` and `model.safetensors` with weights in `dtype`, for `transformers`.
-
-    With several processes all must call it; the first one writes.
-    """
-    tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        array = variable[...]
-        if not array.is_fully_addressable:
-            array = process_allgather(array, tiled=True)
-        host = np.asarray(array).astype(jnp.dtype(dtype), order="C")
-        tensors.update(zip(_names(path, model.config), _rows(path, host), strict=True))
-    if jax.process_index() == 0:
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        config = {**model.config.to_hf(), "dtype": jnp.dtype(dtype).name}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def read_config(source: str | Path) -> Qwen3Config:
+    """The config of the checkpoint that `load` would load; see there for errors."""
+    return _open(_fetch(source))[0]
 
 
-def _names(path: tuple[str, ...], config: Qwen3Config) -> list[str]:
-    """Checkpoint tensors that make up the parameter `path`: one, or one per layer."""
-    if path[0] == "layers":
-        rest = ".".join(path[1:])
-        return [f"model.layers.{i}.{rest}" for i in range(config.num_hidden_layers)]
-    name = ".".join(path)
-    return [name if path[0] == "lm_head" else f"model.{name}"]
+def abstract(config: Qwen3Config, dtype=jnp.float32) -> Qwen3:
+    """The network with shapes for weights: nothing is allocated."""
+    return nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def _rows(path: tuple[str, ...], array: np.ndarray) -> list[np.ndarray]:
-    """Views of `array`, one for each of `_names`."""
-    return list(array) if path[0] == "layers" else [array]
+def _fetch(source: str | Path) -> Path:
+    return local_directory(source, ("*.json", "model*.safetensors", "*.model", "*.jinja"))
+
+
+# The tensors of a parameter by their index in it: () alone, (layer,) or (layer, expert).
+Parts = dict[tuple[int, ...], Tensor]
+
+
+def _parameter(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | None, dtype) -> jax.Array:
+    if () in parts:
+        return _place(parts, shape, sharding, dtype)
+    row_sharding = sharding and NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    stack = jnp.zeros(shape, dtype, device=sharding)
+    for layer in range(shape[0]):
+        rows = {index[1:]: tensor for index, tensor in parts.items() if index[0] == layer}
+        row = _place(rows, shape[1:], row_sharding, dtype)
+        stack = _set_row(stack, row, layer).block_until_ready()  # or rows would pile up on the host
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_row(stack: jax.Array, row: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+
+
+def _place(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | None, dtype) -> jax.Array:
+    """An array on its devices; what this process's devices hold of it is read once."""
+    if sharding is None:
+        return jnp.asarray(_read(parts, tuple(slice(0, size) for size in shape), dtype))
+    shards = [
+        tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
+    box = tuple(
+        slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*shards, strict=True)
+    )
+    host = _read(parts, box, dtype)
+
+    def shard(index: Box) -> np.ndarray:
+        bounds = (s.indices(size) for s, size in zip(index, shape, strict=True))
+        return host[
+            tuple(
+                slice(start - b.start, stop - b.start)
+                for (start, stop, _), b in zip(bounds, box, strict=True)
+            )
+        ]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _read(parts: Parts, box: Box, dtype) -> np.ndarray:
+    """The values in `box` of the array that `parts` make up."""
+    out = np.empty([s.stop - s.start for s in box], jnp.dtype(dtype))
+    for index, tensor in parts.items():
+        place = tuple(i - s.start for i, s in zip(index, box, strict=False))
+        if all(0 <= i < size for i, size in zip(place, out.shape, strict=False)):
+            tensor.read(box[len(index) :], out[place])
+    return out
 
 
 def _open(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
@@ -108,7 +139,7 @@ def _open(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
     config = Qwen3Config.from_hf(directory)
     tensors = {}
     for file in files:
-        for name, tensor in _open_safetensors(file).items():
+        for name, tensor in safetensors.read(file).items():
             if name in tensors:
                 raise InputError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
             tensors[name] = tensor
@@ -143,37 +174,20 @@ def _rounded(tensor: Tensor, dtype: np.dtype) -> Tensor:
     transformers loads it so by default (dtype "auto"), and reference numbers come from there; the
     rounding is far finer than the quantization.
     """
-    return tensor._replace(read=lambda: tensor.read().astype(dtype))
 
+    def read(box: Box, out: np.ndarray) -> None:
+        values = np.empty(out.shape, dtype)
+        tensor.read(box, values)
+        out[...] = values
 
-def _open_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        handle = safe_open(file, framework="numpy")
-    except FileNotFoundError:
-        raise InputError(f"{file}: this shard of the checkpoint is missing") from None
-    except SafetensorError as error:
-        raise InputError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
-    tensors = {}
-    for name in handle.keys():  # noqa: SIM118 (not a dict)
-        header = handle.get_slice(name)
-        if header.get_dtype() not in _FLOATS:
-            raise InputError(
-                f"{file}: tensor {name!r} is {header.get_dtype()}; use an unquantized checkpoint "
-                f"({', '.join(_FLOATS)})"
-            )
-
-        def read(name=name):
-            return handle.get_tensor(name)
-
-        tensors[name] = Tensor(file, tuple(header.get_shape()), read)
-    return tensors
+    return tensor._replace(read=read)
 
 
 def _check(directory, tensors, variables, names) -> None:
     shapes = {
-        name: variable.shape[1:] if path[0] == "layers" else variable.shape
+        name: variable.shape[len(index) :]
         for path, variable in variables.items()
-        for name in names[path]
+        for name, index in names[path].items()
     }
     missing = [name for name in shapes if name not in tensors]
     if missing:
@@ -203,10 +217,20 @@ def _check_tied(tensors: dict[str, Tensor]) -> None:
     here a config that contradicts its weights is an error.
     """
     head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
-    if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+    if head.shape != embedding.shape or not all(map(np.array_equal, _chunks(head), _chunks(embedding))):
         raise InputError(
             f"{head.file}: tensor 'lm_head.weight' differs from the embedding, but config.json ties "
             "them; set tie_word_embeddings to false"
+        )
+
+
+def _chunks(tensor: Tensor, rows: int = 1024) -> Iterator[np.ndarray]:
+    """The values of a matrix, some rows at a time."""
+    for start in range(0, tensor.shape[0], rows):
+        yield _read(
+            {(): tensor},
+            (slice(start, min(start + rows, tensor.shape[0])), slice(0, tensor.shape[1])),
+            np.float32,
         )
 
 

@@ -37,6 +37,10 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: TrainState, position: dict[str, int]) -> None:
         """Starts to write; returns when the arrays may be donated again."""
         args = ocp.args.Composite(
@@ -49,6 +53,13 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return TrainState(**self._manager.restore(step, args=args)["state"])
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The policy's weights alone, in the shapes and placement of `like`."""
+        target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
 
     def position(self, step: int) -> dict[str, int]:
         """Where the run stood at `step`."""

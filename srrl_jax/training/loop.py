@@ -20,6 +20,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.losses import group_advantages
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh, place_batch, row_shards
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.training.batch import pack_groups, split_batch
@@ -50,10 +51,10 @@ def train(config: TrainConfig) -> TrainState:
     temperature = config.rollout.sampling.temperature
 
     with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint) as checkpoints:
-        model = Qwen3.from_pretrained(config.model, mesh=mesh)  # float32 master weights
-        model.dtype = jnp.dtype(config.dtype)
+        model = abstract(read_config(config.model), config.dtype)
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
-        graphdef, params = nnx.split(model)
+        graphdef = nnx.graphdef(model)
+        params = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights
         update = make_update(graphdef, config, optimizer)
         # The starting weights: the reference of the KL penalty, and the frozen grader.
         needs_frozen = config.kl_coef > 0 or config.grader == "frozen"

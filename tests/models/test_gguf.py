@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models import gguf as ours
 
 ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
@@ -23,6 +24,15 @@ def permute(weights, heads):
         .swapaxes(1, 2)
         .reshape(weights.shape)
     )
+
+
+def blocks(values, quantization):
+    """Quantized rows; random ones where the gguf package can only read the type."""
+    try:
+        return gguf.quants.quantize(values, quantization)
+    except NotImplementedError:
+        shape = gguf.quants.quant_shape_to_byte_shape(values.shape, quantization)
+        return np.random.default_rng(0).integers(0, 60, shape, np.uint8)
 
 
 @pytest.fixture
@@ -55,7 +65,7 @@ def write(tmp_path):
                 values = permute(values, c.num_key_value_heads)
             gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if quantization and values.ndim == 2:
-                values = gguf.quants.quantize(values, quantization)
+                values = blocks(values, quantization)
                 writer.add_tensor(gguf_name, values, raw_dtype=quantization)
             else:
                 writer.add_tensor(gguf_name, values)
@@ -123,8 +133,10 @@ def test_config_json_comes_first(tiny, write):
     "metadata, extra, message",
     [
         ({}, ["rope_freqs.weight"], "model.gguf.*rope_freqs.weight"),
-        ({}, ["blk.0.ffn_gate_exps.weight"], "ffn_gate_exps"),
-        ({"llama.rope.scaling.type": "yarn"}, [], "llama.rope.scaling.type"),
+        ({}, ["blk.0.ffn_gate_exps.weight"], "model.layers.0.mlp.experts.0.gate_proj.weight"),
+        ({"llama.rope.scaling.type": "longrope"}, [], "llama.rope.scaling.type"),
+        ({"llama.rope.scaling.type": "yarn"}, [], "'rope.scaling.factor' is missing"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, [], "rope.scaling.attn_factor"),
         ({"llama.attention.sliding_window": 64}, [], "sliding_window"),
         ({"llama.rope.dimension_count": 8}, [], "dimension_count"),
     ],
@@ -137,6 +149,52 @@ def test_refuses_what_it_does_not_compute(tiny, write, metadata, extra, message)
 def test_plain_rope_metadata_is_accepted(tiny, write):
     metadata = {"llama.rope.scaling.type": "none", "llama.rope.dimension_count": 16}
     Qwen3.from_pretrained(write(tiny("llama"), metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    "metadata, parameters",
+    [
+        ({"type": "linear", "factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 8192, "finetuned": True},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+        ),
+        (
+            {"type": "yarn", "factor": 4.0, "yarn_beta_fast": 20.0, "yarn_beta_slow": 1.1},
+            {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20.0, "beta_slow": 1.1},
+        ),
+    ],
+)
+def test_rope_scaling(tiny, write, metadata, parameters):
+    model = tiny("qwen3", rope_parameters={**parameters, "rope_theta": 5e5})
+    folder = write(model, metadata={f"qwen3.rope.scaling.{key}": value for key, value in metadata.items()})
+    assert Qwen3.from_pretrained(folder).config == model.config
+
+
+@pytest.mark.parametrize(
+    "name", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+)
+def test_a_box_of_any_quantization(tiny, write, name):
+    """Rows and columns out of a tensor are those of the whole, as the gguf package has it."""
+    kind = gguf.GGMLQuantizationType[name]
+    model = tiny(hidden_size=256, intermediate_size=256, num_attention_heads=16, num_hidden_layers=1)
+    file = write(model, kind) / "model.gguf"
+    tensors = ours.read(file)[1]
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name == "blk.0.attn_k.weight":
+            expected = gguf.quants.dequantize(tensor.data, kind)[3:17, 40:200]
+    actual = np.empty((14, 160), np.float32)
+    tensors["model.layers.0.self_attn.k_proj.weight"].read(np.s_[3:17, 40:200], actual)
+    np.testing.assert_array_equal(actual, expected)
+    assert np.unique(expected).size > 8
+
+
+def test_a_tensor_cut_short_is_named(tiny, write):
+    file = write(tiny("qwen3")) / "model.gguf"
+    last = max(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset).name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"model.gguf: truncated .*tensor '{last}'"):
+        Qwen3.from_pretrained(file.parent)
 
 
 def test_other_architecture(tiny, write, tmp_path):
@@ -162,8 +220,6 @@ def test_several_files(tiny, write):
 
 
 def test_smollm2_metadata_says_what_its_config_says(smollm2, tmp_path):
-    from srrl_jax.models import gguf as ours
-
     config, tensors = ours.read(next(smollm2.glob("*.gguf")))
     assert config == Qwen3Config.from_hf(smollm2)
     assert len(tensors) == 272

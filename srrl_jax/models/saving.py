@@ -1,0 +1,118 @@
+"""Saving a model as a directory that `transformers` loads, with one tensor at a time on the host."""
+
+import json
+import math
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
+
+from srrl_jax.models import safetensors
+from srrl_jax.models.files import local_directory, read_json
+from srrl_jax.models.names import tensor_names
+from srrl_jax.models.qwen3 import Qwen3
+from srrl_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+# Fields of a config.json that the network does not read and that generation needs.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def save(
+    model: Qwen3,
+    directory: str | Path,
+    dtype: Any = None,
+    *,
+    tokenizer: str | Path | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and safetensors files, with an index where they are several.
+
+    With several processes all must call it: tensors are gathered one at a time, and the first process
+    writes. The bytes do not depend on the mesh.
+
+    Args:
+      model: on any mesh.
+      directory: is made; weights of an earlier save in it are removed.
+      dtype: of the files; by default that of the weights.
+      tokenizer: directory or hub id whose tokenizer files and generation_config.json are copied. Where
+        it has no generation_config.json, one is written that names the tokenizer's stop tokens.
+      max_shard_size: most bytes of tensors in a file; a larger tensor has a file to itself.
+    Raises:
+      InputError: no tokenizer at `tokenizer`.
+    """
+    dtype = jnp.dtype(model.embed_tokens.weight.dtype if dtype is None else dtype)
+    directory = Path(directory)
+    arrays = {".".join(path): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    places = {
+        name: (parameter, index)
+        for parameter in arrays
+        for name, index in tensor_names(tuple(parameter.split(".")), model.config).items()
+    }
+    shapes = {name: arrays[parameter].shape[len(index) :] for name, (parameter, index) in places.items()}
+    files = split(shapes, dtype.itemsize, max_shard_size)
+
+    first = jax.process_index() == 0
+    if first:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("model*.safetensors*"):
+            old.unlink()
+        _write_settings(model, directory, dtype, tokenizer)
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(map(math.prod, shapes.values())) * dtype.itemsize},
+                "weight_map": {name: file for file, names in files.items() for name in names},
+            }
+            _write_json(directory / "model.safetensors.index.json", index)
+    for file, names in files.items():
+        tensors = (_gather(arrays[places[name][0]], places[name][1]) for name in names)
+        if first:
+            safetensors.write(directory / file, {name: shapes[name] for name in names}, dtype, tensors)
+        else:
+            deque(tensors, maxlen=0)  # take part in gathering, keep nothing
+
+
+def split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
+    """The names of each file's tensors, in order; files are named as `transformers` names them."""
+    groups, filled = [[]], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * itemsize
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _gather(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    tensor = array[index]
+    return np.asarray(tensor if tensor.is_fully_addressable else process_allgather(tensor, tiled=True))
+
+
+def _write_settings(model: Qwen3, directory: Path, dtype: np.dtype, tokenizer: str | Path | None) -> None:
+    config = {**model.config.to_hf(), "dtype": dtype.name}
+    if tokenizer is not None:
+        source = local_directory(tokenizer, TOKENIZER_FILES)
+        fields = read_json(source / "config.json")
+        config |= {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
+        for file in {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}:
+            if file.name != "config.json" and source.resolve() != directory.resolve():
+                shutil.copyfile(file, directory / file.name)
+        if not (source / "generation_config.json").exists():
+            tokens = load_tokenizer(source)
+            settings = {"eos_token_id": list(tokens.stop_ids), "pad_token_id": tokens.pad_id}
+            _write_json(directory / "generation_config.json", settings)
+    _write_json(directory / "config.json", config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

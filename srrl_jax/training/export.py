@@ -1,0 +1,55 @@
+"""From a checkpoint of a run to a directory that `transformers` and serving engines load."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from srrl_jax.errors import InputError
+from srrl_jax.models.weights import abstract, read_config
+from srrl_jax.parallel import make_mesh, shardings
+from srrl_jax.training.checkpoint import Checkpoints
+from srrl_jax.training.config import TrainConfig
+
+
+def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype="float32") -> int:
+    """Writes the policy of a run as safetensors with config, tokenizer and generation config.
+
+    Of the checkpoint only the weights are read, onto all devices of this machine.
+
+    Args:
+      run_dir: of `srrl train`; its config.yaml names the model whose tokenizer files are copied.
+      out: a directory that is empty or does not exist.
+      step: a checkpoint's step; the newest by default.
+      dtype: of the files. Training keeps float32, which the default leaves as it is.
+    Returns:
+      The step.
+    Raises:
+      InputError: no run, no such checkpoint (names those there are), or `out` is not empty.
+    """
+    run_dir, out = Path(run_dir), Path(out)
+    recipe = run_dir / "config.yaml"
+    if not recipe.exists():
+        raise InputError(f"{run_dir}: no run is there (a run directory holds config.yaml)")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not an empty directory; give another")
+    config = TrainConfig.load(recipe)
+    with Checkpoints(run_dir, config.checkpoint) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise InputError(f"{run_dir}: the run has no checkpoint yet")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise InputError(
+                f"{run_dir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+            )
+        mesh = make_mesh()
+        graphdef, params = nnx.split(abstract(read_config(config.model)))
+        like = jax.tree.map(
+            lambda v: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings(v, mesh))),
+            params,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+        model = nnx.merge(graphdef, checkpoints.restore_params(step, like))
+    model.save_pretrained(out, dtype, tokenizer=config.model)
+    return step
