@@ -12,6 +12,13 @@ from srrl_jax.models.rope import RopeScaling, read_rope
 
 _UNBOUNDED = 2**30  # a window that holds any sequence
 
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
 # Fields that cannot change a forward pass in inference or RL, or that only transformers uses.
 _IGNORED = frozenset(
     "architectures attention_dropout bos_token_id dtype eos_token_id initializer_range "
@@ -23,13 +30,37 @@ _IGNORED = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Layers whose MLP is a mixture of experts; field names are those of `transformers`.
+
+    `mlp_only_layers` are the layers without experts, those that `decoder_sparse_step` leaves out among
+    them. `norm_topk_prob` makes the weights of a token's experts add up to 1.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = False
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError(
+                f"config.json: num_experts_per_tok ({self.num_experts_per_tok}) must not be over num_experts "
+                f"({self.num_experts})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Qwen3Config:
     """Sizes and switches of the network; field names are those of `transformers`.
 
     `rope_scaling` stretches RoPE. `layer_types` names each layer's attention, "full_attention" or
     "sliding_attention", where a token sees itself and the `sliding_window` - 1 before it; both None
     where no layer slides. `qk_norm`, `qkv_bias` and `o_bias` let the one network run Qwen3 (norm, no
-    bias), Qwen2 (no norm, q/k/v bias) and Llama (neither) checkpoints.
+    bias), Qwen2 (no norm, q/k/v bias) and Llama (neither) checkpoints. `moe` is that of Qwen3-MoE.
     """
 
     vocab_size: int
@@ -49,12 +80,11 @@ class Qwen3Config:
     qk_norm: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
+    moe: MoEConfig | None = None
     model_type: str = "qwen3"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise InputError(f"config.json: {field.name} ({getattr(self, field.name)}) must be positive")
+        _check_positive(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"config.json: num_attention_heads ({self.num_attention_heads}) must be a multiple "
@@ -106,6 +136,12 @@ class Qwen3Config:
         sizes = {"full_attention": _UNBOUNDED, "sliding_attention": self.sliding_window}
         return np.array([sizes[kind] for kind in self.layer_types], np.int32)
 
+    @property
+    def has_experts(self) -> tuple[bool, ...]:
+        """Of each layer, whether its MLP is a mixture of experts."""
+        dense = range(self.num_hidden_layers) if self.moe is None else self.moe.mlp_only_layers
+        return tuple(layer not in dense for layer in range(self.num_hidden_layers))
+
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> Self:
         """Reads a parsed `config.json`, its path, or the path of the directory that holds it.
@@ -128,9 +164,10 @@ class Qwen3Config:
         fields = dict(source)
 
         model_type = fields.pop("model_type", None)
-        if model_type not in ("qwen3", "qwen2", "llama"):
+        if model_type not in _ARCHITECTURES:
             raise InputError(
-                f"{where}: model_type {model_type!r} is not supported; use a qwen3, qwen2 or llama checkpoint"
+                f"{where}: model_type {model_type!r} is not supported; use a checkpoint of "
+                f"{', '.join(_ARCHITECTURES)}"
             )
         try:
             sizes = {
@@ -148,11 +185,13 @@ class Qwen3Config:
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         llama = model_type == "llama"
         # Where the file is silent, the defaults of transformers.
-        kv_heads = fields.pop("num_key_value_heads", None if llama else 32)
+        default_heads = {"llama": None, "qwen3_moe": 4}.get(model_type, 32)
+        kv_heads = fields.pop("num_key_value_heads", default_heads)
         positions = int(fields.pop("max_position_embeddings", 2048 if llama else 32768))
         bias = bool(fields.pop("attention_bias", False))
         theta, scaling = read_rope(fields, positions, where)
-        window, layer_types = _sliding(fields, sizes["num_hidden_layers"])
+        sliding = _sliding_moe if model_type == "qwen3_moe" else _sliding
+        window, layer_types = sliding(fields, sizes["num_hidden_layers"])
         config = cls(
             **sizes,
             num_key_value_heads=heads if kv_heads is None else int(kv_heads),
@@ -164,9 +203,10 @@ class Qwen3Config:
             layer_types=layer_types,
             max_position_embeddings=positions,
             tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "qwen3_moe"),
             qkv_bias=bias or model_type == "qwen2",
             o_bias=bias and model_type != "qwen2",
+            moe=_read_moe(fields, sizes["num_hidden_layers"], where) if model_type == "qwen3_moe" else None,
             model_type=model_type,
         )
         _refuse_what_is_left(fields, where)
@@ -174,23 +214,22 @@ class Qwen3Config:
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that `transformers` reads for these weights."""
-        architecture = {
-            "qwen3": "Qwen3ForCausalLM",
-            "qwen2": "Qwen2ForCausalLM",
-            "llama": "LlamaForCausalLM",
-        }[self.model_type]
         fields = dataclasses.asdict(self)
-        for name in "qk_norm qkv_bias o_bias rope_theta rope_scaling sliding_window layer_types".split():
+        for name in "qk_norm qkv_bias o_bias rope_theta rope_scaling sliding_window layer_types moe".split():
             del fields[name]
         if self.model_type != "qwen2":
             fields["attention_bias"] = self.qkv_bias
         if self.layer_types is not None:
             fields["use_sliding_window"] = True
             fields["sliding_window"] = self.sliding_window
-            fields["layer_types"] = list(self.layer_types)
+            if self.moe is None:
+                fields["layer_types"] = list(self.layer_types)
+        if self.moe is not None:
+            fields |= dataclasses.asdict(self.moe)
+            fields |= {"mlp_only_layers": list(self.moe.mlp_only_layers), "decoder_sparse_step": 1}
         rope = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_hf()
         return {
-            "architectures": [architecture],
+            "architectures": [_ARCHITECTURES[self.model_type]],
             **fields,
             "hidden_act": "silu",
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
@@ -209,6 +248,41 @@ def _sliding(fields: dict[str, Any], layers: int) -> tuple[int | None, tuple[str
         kinds = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
     kinds = tuple(kinds)
     return (None, None) if kinds == ("full_attention",) * layers else (window, kinds)
+
+
+def _sliding_moe(fields: dict[str, Any], layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+    """As `_sliding`, for Qwen3-MoE: there every layer slides or none, whatever max_window_layers says."""
+    used = fields.pop("use_sliding_window", False)
+    window = fields.pop("sliding_window", 4096)
+    fields.pop("max_window_layers", None)
+    return (window, ("sliding_attention",) * layers) if used and window is not None else (None, None)
+
+
+def _read_moe(fields: dict[str, Any], layers: int, where: str) -> MoEConfig:
+    """Takes the experts out of `fields`; where the file is silent, the defaults of transformers."""
+    # Published files say num_experts, transformers 5 writes num_local_experts.
+    counts = {fields.pop(name) for name in ("num_experts", "num_local_experts") if name in fields} or {128}
+    if len(counts) > 1:
+        raise InputError(f"{where}: num_experts and num_local_experts differ; keep one")
+    step = int(fields.pop("decoder_sparse_step", 1))
+    if step < 1:
+        raise InputError(f"{where}: decoder_sparse_step ({step}) must be positive")
+    dense = fields.pop("mlp_only_layers", None) or ()
+    fields.pop("output_router_logits", None)  # an output of transformers, not a change of the network
+    return MoEConfig(
+        num_experts=int(counts.pop()),
+        num_experts_per_tok=int(fields.pop("num_experts_per_tok", 8)),
+        moe_intermediate_size=int(fields.pop("moe_intermediate_size", 768)),
+        norm_topk_prob=bool(fields.pop("norm_topk_prob", False)),
+        mlp_only_layers=tuple(i for i in range(layers) if i in dense or (i + 1) % step),
+        router_aux_loss_coef=float(fields.pop("router_aux_loss_coef", 0.001)),
+    )
+
+
+def _check_positive(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        if field.type is int and getattr(config, field.name) < 1:
+            raise InputError(f"config.json: {field.name} ({getattr(config, field.name)}) must be positive")
 
 
 def _refuse_what_is_left(fields: dict[str, Any], where: str) -> None:

@@ -3,12 +3,15 @@
 Module and parameter names are those of `transformers`, weights keep its [out, in] layout, and the
 layers are stacked on a leading axis and scanned. So a checkpoint tensor
 `model.layers.3.mlp.up_proj.weight` is row 3 of the parameter `layers.mlp.up_proj.weight`, untouched.
+Layers of experts have a stack of their own, `moe_layers`.
 Every parameter names its logical axes where it is created (metadata `axes`); the table in
 `srrl_jax.parallel` maps them to mesh axes.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models.attention import Segment, attend, near
 from srrl_jax.models.config import Qwen3Config
+from srrl_jax.models.modules import MLP, Linear, Scale
+from srrl_jax.models.moe import MoE
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
 
@@ -24,46 +29,6 @@ _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class Scale(nnx.Module):
-    """RMSNorm over the last axis; statistics in float32."""
-
-    def __init__(self, stack: tuple[int, ...], size: int, axis: str | None, eps: float):
-        self.weight = _parameter(jnp.ones, stack, (size,), (axis,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * y.astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """x [..., in] -> [..., out] with a weight [out, in] as `transformers` keeps it."""
-
-    def __init__(
-        self,
-        stack: tuple[int, ...],
-        sizes: tuple[int, int],
-        axes: tuple[str, str],
-        bias: bool = False,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        def normal(shape):
-            return 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-        self.weight = _parameter(normal, stack, sizes, axes)
-        self.bias = _parameter(jnp.zeros, stack, sizes[:1], axes[:1]) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def _parameter(init, stack, sizes, axes) -> nnx.Param:
-    return nnx.Param(init((*stack, *sizes)), axes=("layers",) * len(stack) + tuple(axes))
 
 
 class Attention(nnx.Module):
@@ -91,32 +56,27 @@ class Attention(nnx.Module):
         return self.o_proj(attend(q, [*context, Segment(k, v, own_mask)])), (k, v)
 
 
-class MLP(nnx.Module):
-    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
-        up, down = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
-        self.gate_proj = Linear(stack, up, ("mlp", "embed"), rngs=rngs)
-        self.up_proj = Linear(stack, up, ("mlp", "embed"), rngs=rngs)
-        self.down_proj = Linear(stack, down, ("embed", "mlp"), rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nnx.Module):
-    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
+    def __init__(self, c: Qwen3Config, stack: tuple[int, ...], experts: bool, *, rngs: nnx.Rngs):
         self.input_layernorm = Scale(stack, c.hidden_size, "embed", c.rms_norm_eps)
         self.self_attn = Attention(c, stack, rngs=rngs)
         self.post_attention_layernorm = Scale(stack, c.hidden_size, "embed", c.rms_norm_eps)
-        self.mlp = MLP(c, stack, rngs=rngs)
+        if experts:
+            self.mlp = MoE(c, stack, rngs=rngs)
+        else:
+            self.mlp = MLP(c.hidden_size, c.intermediate_size, stack, rngs=rngs)
 
-    def __call__(self, x, cos, sin, context, own_mask):
+    def __call__(self, x, mask, cos, sin, context, own_mask):
+        """The new x, its keys and values, and the load of the experts (None in a dense layer)."""
         y, kv = self.self_attn(self.input_layernorm(x), cos, sin, context, own_mask)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        y = self.post_attention_layernorm(x)
+        y, load = self.mlp(y, mask) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        return x + y, kv, load
 
 
 class Qwen3(nnx.Module):
-    """The dense Qwen3 language model (and, by config, Qwen2 and Llama).
+    """The Qwen3 language model, dense or of experts (and, by config, Qwen2 and Llama).
 
     Args:
       config: sizes and switches.
@@ -129,7 +89,10 @@ class Qwen3(nnx.Module):
         self.config, self.dtype = c, jnp.dtype(dtype)
         vocab, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
         self.embed_tokens = Linear((), vocab, axes, rngs=rngs)
-        self.layers = Layer(c, (c.num_hidden_layers,), rngs=rngs)
+        sparse = sum(c.has_experts)
+        dense = c.num_hidden_layers - sparse
+        self.layers = Layer(c, (dense,), experts=False, rngs=rngs) if dense else None
+        self.moe_layers = Layer(c, (sparse,), experts=True, rngs=rngs) if sparse else None
         self.norm = Scale((), c.hidden_size, "embed", c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear((), vocab, axes, rngs=rngs)
 
@@ -169,7 +132,15 @@ class Qwen3(nnx.Module):
         x, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
         return self.logits(x[:, 0])
 
-    def extend(self, tokens, positions, mask, context: list[Segment] = (), remat: str = "none"):
+    def extend(
+        self,
+        tokens,
+        positions,
+        mask,
+        context: list[Segment] = (),
+        remat: str = "none",
+        return_load: bool = False,
+    ):
         """Runs tokens that continue a context: the one path of prefill, decode and training.
 
         Args:
@@ -180,9 +151,11 @@ class Qwen3(nnx.Module):
             where the config has layers of sliding attention.
           remat: what the backward pass computes again of each layer instead of keeping it: "none"; "full",
             everything; "dots", all but the products with weights.
+          return_load: also return how the new tokens spread over the experts.
         Returns:
           Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
-          keys and values, each [layers, N, K, B, T, D].
+          keys and values, each [layers, N, K, B, T, D]; on request the `Load` of all layers
+          together, None without experts.
         Raises:
           InputError: a context without `positions` for layers of sliding attention.
         """
@@ -195,22 +168,38 @@ class Qwen3(nnx.Module):
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         steps = jnp.arange(tokens.shape[-1])
         own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
-        graphdef, stacked = nnx.split(self.layers)
 
-        def body(x, layer_inputs):
-            weights, keys_values, window = layer_inputs
-            segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
-            mask = own_mask
-            if window is not None:
-                segments = [s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments]
-                mask = mask & near(positions, positions, window)
-            x, kv = nnx.merge(graphdef, weights)(x, cos, sin, segments, mask)
-            return constrain(x, "batch", None, None, None), kv
+        def run(x, layers: Layer, of_kind: slice, of_all: slice):
+            """Scans a run of layers of one kind, given which of its stack and which of all they are."""
+            graphdef, stacked = nnx.split(layers)
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=_SAVED[remat])
-        x, kv = jax.lax.scan(body, x, (stacked, [(s.k, s.v) for s in context], c.windows))
-        return self.norm(x), kv
+            def body(x, layer_inputs):
+                weights, keys_values, window = layer_inputs
+                segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
+                allowed = own_mask
+                if window is not None:
+                    segments = [
+                        s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments
+                    ]
+                    allowed = allowed & near(positions, positions, window)
+                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, segments, allowed)
+                return constrain(x, "batch", None, None, None), new
+
+            if remat != "none":
+                body = jax.checkpoint(body, policy=_SAVED[remat])
+            before = _part([(s.k, s.v) for s in context], of_all), _part(c.windows, of_all)
+            return jax.lax.scan(body, x, (_part(stacked, of_kind), *before))
+
+        keys_values, loads = [], []
+        for experts, of_kind, of_all in _runs(c.has_experts):
+            x, (kv, load) = run(x, self.moe_layers if experts else self.layers, of_kind, of_all)
+            keys_values.append(kv)
+            loads += [load] if experts else []
+        kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *keys_values)
+        if not return_load:
+            return self.norm(x), kv
+        load = jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *loads) if loads else None
+        return self.norm(x), kv, load
 
     @property
     def head(self) -> jax.Array:
@@ -225,3 +214,17 @@ class Qwen3(nnx.Module):
             self.head.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+
+
+def _runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:
+    """Runs of equal layers, in order: whether of experts; which of their kind, and of all, they are."""
+    seen = {False: 0, True: 0}
+    for experts, layers in itertools.groupby(has_experts):
+        size, start = len(list(layers)), sum(seen.values())
+        yield experts, slice(seen[experts], seen[experts] + size), slice(start, start + size)
+        seen[experts] += size
+
+
+def _part(stacks: Any, rows: slice) -> Any:
+    """The given rows of all arrays of a tree; a stack that is wanted whole is not copied."""
+    return jax.tree.map(lambda x: x if rows == slice(0, len(x)) else x[rows], stacks)

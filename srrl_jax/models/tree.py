@@ -34,23 +34,33 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def extend_prefix(model: Qwen3, tree: TreeBatch, remat: str = "none"):
-    """Computes each prefix once: the last hidden state [N, hidden], and what its branches attend to."""
+    """Computes each prefix once.
+
+    Returns:
+      The last hidden state [N, hidden], what its branches attend to, and the experts' load.
+    """
     n, p = tree.prefix.shape
     mask = _within(tree.prefix_lengths, p)[:, None]
     positions = jnp.broadcast_to(jnp.arange(p), (n, 1, p))
-    hidden, (k, v) = model.extend(tree.prefix[:, None], positions, mask, remat=remat)
+    hidden, (k, v), load = model.extend(tree.prefix[:, None], positions, mask, remat=remat, return_load=True)
     last = _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0]
-    return last, Segment(k, v, mask[:, :, None], positions)
+    return last, Segment(k, v, mask[:, :, None], positions), load
 
 
 def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: str = "none"):
-    """Computes the branches on top of their prefix: hidden [N, B, L, hidden], and their K/V segment."""
+    """Computes the branches on top of their prefix.
+
+    Returns:
+      Hidden states [N, B, L, hidden], their K/V segment, and the experts' load.
+    """
     size = tree.branches.shape[-1]
     mask = _within(tree.branch_lengths, size)
     positions = tree.prefix_lengths[:, None, None] + jnp.arange(size)
     positions = jnp.broadcast_to(positions, tree.branches.shape)
-    hidden, (k, v) = model.extend(tree.branches, positions, mask, [context], remat=remat)
-    return hidden, Segment(k, v, mask[:, :, None], positions)
+    hidden, (k, v), load = model.extend(
+        tree.branches, positions, mask, [context], remat=remat, return_load=True
+    )
+    return hidden, Segment(k, v, mask[:, :, None], positions), load
 
 
 def last_states(model: Qwen3, tree: TreeBatch):
@@ -58,24 +68,28 @@ def last_states(model: Qwen3, tree: TreeBatch):
 
     Branches of size L = 0 (nothing yet: a rollout) take their prefix's last state.
     """
-    last, prefix = extend_prefix(model, tree)
+    last, prefix, _ = extend_prefix(model, tree)
     n, b, size = tree.branches.shape
     last = jnp.broadcast_to(last[:, None], (n, b, last.shape[-1]))
     if size == 0:
         return last, prefix, None
-    hidden, branch = extend_branches(model, tree, prefix)
+    hidden, branch, _ = extend_branches(model, tree, prefix)
     own = _at(hidden, jnp.maximum(tree.branch_lengths - 1, 0))
     return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, branch
 
 
-def branch_logprobs(model: Qwen3, tree: TreeBatch, temperature=1.0, remat: str = "none"):
+def branch_logprobs(
+    model: Qwen3, tree: TreeBatch, temperature=1.0, remat: str = "none", return_load: bool = False
+):
     """Teacher forcing: log-probability and entropy, float32 [N, B, L], of every branch token.
 
     Each prefix is computed once, whatever the number of branches. Values at padding mean nothing.
+    `return_load` adds the experts' `Load` of all that was computed, prefixes once (None without experts).
     """
-    last, context = extend_prefix(model, tree, remat)
-    hidden, _ = extend_branches(model, tree, context, remat)
+    last, context, prefix_load = extend_prefix(model, tree, remat)
+    hidden, _, branch_load = extend_branches(model, tree, context, remat)
     n, b, _, d = hidden.shape
     first = jnp.broadcast_to(last[:, None, None], (n, b, 1, d))
     predicting = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
-    return token_logprobs(predicting, model.head, tree.branches, temperature)
+    outputs = token_logprobs(predicting, model.head, tree.branches, temperature)
+    return (*outputs, jax.tree.map(jnp.add, prefix_load, branch_load)) if return_load else outputs

@@ -42,14 +42,14 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
     graphdef, state = nnx.split(abstract(config, dtype))
     variables = dict(nnx.to_flat_state(state))
     names = {path: tensor_names(path, config) for path in variables}
+    placed = {} if mesh is None else dict(nnx.to_flat_state(shardings(state, mesh)))
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors)
     loaded = []
     for path, variable in variables.items():
-        sharding = None if mesh is None else shardings(variable, mesh)
         parts = {index: tensors[name] for name, index in names[path].items()}
-        loaded.append((path, variable.replace(_parameter(parts, variable.shape, sharding, dtype))))
+        loaded.append((path, variable.replace(_parameter(parts, variable.shape, placed.get(path), dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 
-# Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary.
-# Activations: rows go over both data and fsdp.
+# Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary, expert cuts the
+# experts. Activations: rows go over data, fsdp and expert. Over expert too, because all but the experts
+# would else be computed expert times over; rows meet their experts as `expert_rows`.
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "fsdp",
@@ -21,7 +22,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "batch": ("data", "fsdp"),
+    "experts": "expert",
+    "batch": ("data", "fsdp", "expert"),
+    "expert_rows": ("data", "fsdp"),
     None: None,
 }
 
@@ -33,6 +36,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
         sizes = dataclasses.astuple(self)
@@ -41,7 +45,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (all by default).
+    """The mesh (data, fsdp, tensor, expert) over `devices` (all by default).
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
@@ -55,23 +59,33 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
             "set one axis to -1 to take what is left"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    return Mesh(np.asarray(devices).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(devices).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def shardings(variables: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of NNX variables by their `axes` metadata.
 
-    An axis of a weight whose size the mesh axis does not divide stays whole.
+    An axis of a weight whose size the mesh axis does not divide stays whole, except that of experts.
+
+    Raises:
+      InputError: the mesh axis `expert` does not divide the number of experts.
     """
 
-    def one(variable):
+    def one(path, variable):
         spec = []
         for size, axis in zip(variable.shape, variable.get_metadata()["axes"], strict=True):
             name = RULES[axis]
+            if axis == "experts" and size % mesh.shape[name]:
+                divisors = [n for n in range(1, size + 1) if size % n == 0]
+                raise InputError(
+                    f"mesh.expert ({mesh.shape[name]}) must divide the {size} experts of "
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')} {variable.shape}; "
+                    f"use one of {', '.join(map(str, divisors))}"
+                )
             spec.append(name if name and size % mesh.shape[name] == 0 else None)
         return NamedSharding(mesh, P(*spec))
 
-    return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map_with_path(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
@@ -99,5 +113,5 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def place_batch(arrays: Any, mesh: Mesh, row_axis: int = 0) -> Any:
-    """Puts host arrays on the mesh, their `row_axis` cut over data and fsdp."""
+    """Puts host arrays on the mesh, their `row_axis` cut over data, fsdp and expert."""
     return jax.device_put(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))

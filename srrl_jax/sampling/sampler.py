@@ -41,7 +41,7 @@ class Sampler:
       stop_ids: any of these tokens ends a completion.
       sampling: how tokens are drawn.
       allowed: ids from here on are never sampled (the tokenizer's size); default: all may be.
-      mesh: where to run; rows of every bucket must divide by its data and fsdp axes.
+      mesh: where to run; rows of every bucket must divide by its data, fsdp and expert axes.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class Sampler:
             raise InputError(f"new_tokens must be at least 1, not {new_tokens}")
         cut = 1 if mesh is None else row_shards(mesh)
         if any(rows % cut for rows in buckets.rows):
-            raise InputError(f"buckets.rows: {buckets.rows} must be multiples of mesh data x fsdp = {cut}")
+            raise InputError(
+                f"buckets.rows: {buckets.rows} must be multiples of mesh data x fsdp x expert = {cut}"
+            )
         longest = buckets.prefix[-1] + buckets.branch[-1] + new_tokens
         if longest > model.config.max_position_embeddings:
             raise InputError(

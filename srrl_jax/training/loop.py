@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> TrainState:
     mesh = make_mesh(config.mesh)
     cut = row_shards(mesh)
     if config.optimizer.microbatch % cut:
-        raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp = {cut}")
+        raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp x expert = {cut}")
     schedule, optimizer = make_schedule(config.optimizer), make_optimizer(config.optimizer)
     temperature = config.rollout.sampling.temperature
 

@@ -91,7 +91,7 @@ def test_decoding_equals_flat(tiny, tree, relative_error):
 
 def test_context_needs_positions(tiny, tree):
     model = tiny(**SLIDING)
-    _, prefix = jax.eval_shape(lambda: extend_prefix(model, tree))
+    _, prefix, _ = jax.eval_shape(lambda: extend_prefix(model, tree))
     prefix = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), prefix)._replace(positions=None)
     with pytest.raises(InputError, match="no positions"):
         extend_branches(model, tree, prefix)

@@ -29,7 +29,7 @@ TINY = Qwen3Config(
 )
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1), (-1, 1, -1)])
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1, 0)])
 def test_bad_config(sizes):
     with pytest.raises(InputError, match=r"^mesh: sizes must be positive, at most one of them -1, not \("):
         MeshConfig(*sizes)
@@ -41,12 +41,18 @@ class Device:
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((1, -1, 1), (1, 8, 1)), ((2, 2, 2), (2, 2, 2)), ((-1, 2, 4), (1, 2, 4)), ((2, 1, -1), (2, 1, 4))],
+    [
+        ((1, -1, 1), (1, 8, 1, 1)),
+        ((2, 2, 2), (2, 2, 2, 1)),
+        ((-1, 2, 4), (1, 2, 4, 1)),
+        ((2, 1, -1), (2, 1, 4, 1)),
+        ((1, 2, 1, -1), (1, 2, 1, 4)),
+    ],
 )
 def test_mesh_shape(sizes, shape):
     devices = np.array([Device() for _ in range(8)])
     mesh = make_mesh(MeshConfig(*sizes), devices)
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "expert") and mesh.devices.shape == shape
     assert list(mesh.devices.flat) == list(devices)
 
 
@@ -57,7 +63,7 @@ def test_mesh_of_other_devices(sizes):
 
 
 def test_default_mesh_takes_every_device():
-    assert make_mesh().devices.shape == (1, jax.device_count(), 1)
+    assert make_mesh().devices.shape == (1, jax.device_count(), 1, 1)
 
 
 def test_shardings_follow_the_table():
@@ -131,4 +137,4 @@ def test_gradients_equal_one_device(eight):
 
 
 def test_rows_must_divide(eight):
-    assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp = 4"
+    assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp x expert = 4"

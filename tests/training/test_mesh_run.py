@@ -50,7 +50,7 @@ def test_every_mesh_gives_the_same_first_step(recipe, tmp_path):
     meshes = [(4, 1, 1), (1, 4, 1), (2, 1, 2)]
     runs = [[f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}"] for d, f, t in meshes]
     *results, refused = on_four_devices(config, [*runs, [*runs[0], "optimizer.microbatch=2"]], tmp_path)
-    assert "optimizer.microbatch must be a multiple of mesh data x fsdp = 4" in refused
+    assert "optimizer.microbatch must be a multiple of mesh data x fsdp x expert = 4" in refused
     (first,), samples = results[0]
     assert first["grad_norm"] > 0
     for (metrics,), other_samples in results[1:]:
