@@ -54,15 +54,15 @@ def parts(log: epath.PathLike) -> list[epath.Path]:
 
 
 def append(log: epath.PathLike, data: bytes) -> None:
-    """Adds `data` to the end of a log; on return the disk or the store has it."""
+    """Adds `data` to the end of a log; on return the system or the store has it."""
     log = epath.Path(log)
-    if is_remote(log):
+    if not is_remote(log):
+        with log.open("ab") as file:
+            file.write(data)
+    elif data:
         last = parts(log)
         number = int(last[-1].stem[-6:]) + 1 if last else 1
         log.with_name(f"{log.stem}-{number:06d}{log.suffix}").write_bytes(data)
-        return
-    with log.open("ab") as file:
-        file.write(data)
 
 
 def replace(path: epath.PathLike, pieces: Iterable[bytes]) -> None:

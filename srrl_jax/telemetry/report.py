@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from etils import epath
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry.charts import Panel, Series, line_chart, stacked_chart
 from srrl_jax.telemetry.run_log import PHASES, iter_jsonl, read_jsonl
@@ -44,7 +46,7 @@ def write_report(
     curves: Curves | None = None,
     table: Sequence[Mapping] | None = None,
     title: str | None = None,
-) -> Path:
+) -> epath.Path:
     """Render ``run_dir/report.html`` from the run's config and logs, and return its path.
 
     ``curves`` are scores from outside the run's own grader, {label: [(step, value), ...]}, drawn
@@ -52,8 +54,8 @@ def write_report(
     headline, rows of {"what", "before", "after"}. Charts whose metrics were not logged are left
     out. Raises InputError when ``run_dir`` has no metrics.jsonl.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "metrics.jsonl").is_file():
+    run_dir = storage.locate(run_dir)
+    if not storage.parts(run_dir / "metrics.jsonl"):
         raise InputError(f"{run_dir}: no metrics.jsonl there; give the directory of a run")
     metrics = read_jsonl(run_dir / "metrics.jsonl")
     config_path = run_dir / "config.yaml"
@@ -67,7 +69,7 @@ def write_report(
     )
     environment.filters |= {"number": number, "points": points}
     page = environment.get_template("report.html").render(
-        title=title or f"Self-rewarding run: {run_dir.resolve().name}",
+        title=title or f"Self-rewarding run: {run_dir.name}",
         facts=_facts(yaml.safe_load(config) or {}, metrics),
         table=[_headline(row) for row in table or []],
         tiles=_tiles(metrics),
@@ -77,7 +79,7 @@ def write_report(
     )
     path = run_dir / "report.html"
     # "replace": a completion may hold half of a surrogate pair, which UTF-8 cannot.
-    path.write_text(page, encoding="utf-8", errors="replace")
+    path.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 
@@ -241,10 +243,10 @@ def _lines(title: str, note: str, panels: list[Panel], wide: bool = False) -> li
     return [Chart(title, note, [line for panel in panels for line in panel.series], svg, wide)]
 
 
-def _splits(path: Path) -> list[dict]:
+def _splits(path: epath.Path) -> list[dict]:
     """For each split, the samples of its first and its last step, as the template shows them."""
     found: dict[str, dict[str, list[dict]]] = {}
-    for row in iter_jsonl(path) if path.is_file() else ():  # may be larger than memory
+    for row in iter_jsonl(path) if storage.parts(path) else ():  # may be larger than memory
         ends = found.setdefault(row["split"], {"first": [row], "last": []})
         if row["step"] == ends["first"][0]["step"]:
             if row is not ends["first"][0]:

@@ -2,10 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from etils import epath
+
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 
 PHASES = ("rollout", "grade", "logprob", "update", "eval", "checkpoint")
@@ -19,9 +21,10 @@ class RunLog:
     """
 
     def __init__(self, run_dir: str | Path):
-        self.metrics_path = Path(run_dir) / "metrics.jsonl"
-        self.samples_path = Path(run_dir) / "samples.jsonl"
-        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        folder = storage.locate(run_dir)
+        self.metrics_path = folder / "metrics.jsonl"
+        self.samples_path = folder / "samples.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, metrics: dict, samples: Iterable[dict] = ()) -> None:
         """Append the metrics line of ``step`` and its samples; on return the system has both.
@@ -30,8 +33,8 @@ class RunLog:
         is added but the step, so two runs of one config and seed differ only in the times.
         """
         # Samples first: a step whose metrics line exists has all its samples.
-        _append(self.samples_path, [_line(step, sample) for sample in samples])
-        _append(self.metrics_path, [_line(step, metrics)])
+        storage.append(self.samples_path, b"".join(_line(step, sample) for sample in samples))
+        storage.append(self.metrics_path, _line(step, metrics))
 
     def rewind(self, step: int) -> None:
         """Drop every line later than the checkpoint's ``step``, and a torn last line.
@@ -40,16 +43,13 @@ class RunLog:
         file is replaced in one move, so being killed here is harmless too.
         """
         for path in (self.metrics_path, self.samples_path):
-            if not path.exists():
-                continue
-            temporary = path.with_name(path.name + ".tmp")
-            with temporary.open("wb") as kept:
-                for row in iter_jsonl(path):
-                    if row["step"] <= step:
-                        kept.write(_encode(row))
-                kept.flush()
-                os.fsync(kept.fileno())
-            os.replace(temporary, path)
+            for part in reversed(storage.parts(path)):
+                if storage.is_remote(part):  # an append, so of one step
+                    if next(iter_jsonl(part))["step"] <= step:
+                        break
+                    part.unlink()
+                else:
+                    storage.replace(part, (_encode(row) for row in iter_jsonl(part) if row["step"] <= step))
 
 
 def iter_jsonl(path: str | Path) -> Iterator[dict]:
@@ -58,9 +58,14 @@ def iter_jsonl(path: str | Path) -> Iterator[dict]:
     A last line that was cut short (the writer was killed) is left out. Raises InputError, naming
     file and line, for anything else that is not a JSON object, and if there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
+    parts = storage.parts(path)
+    if not parts:
         raise InputError(f"{path}: no such file; give the path of a run's log")
+    for part in parts:
+        yield from _rows(part)
+
+
+def _rows(path: epath.Path) -> Iterator[dict]:
     with path.open("rb") as file:  # bytes: only \n ends a line, and a cut may split a character
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -90,11 +95,6 @@ def _encode(row: dict) -> bytes:
     text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
     # A grader may write half of a surrogate pair; its backslash form is what JSON asks for.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
-
-
-def _append(path: Path, lines: list[bytes]) -> None:
-    with path.open("ab") as file:
-        file.writelines(lines)
 
 
 def _plain(value: object) -> object:

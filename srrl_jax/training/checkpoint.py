@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
+from srrl_jax import storage
 from srrl_jax.training.config import CheckpointConfig
 
 
@@ -25,7 +26,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
-        self._manager = ocp.CheckpointManager(Path(run_dir).resolve() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(storage.locate(run_dir) / "checkpoints", options=options)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,6 @@ frozen starting weights. `train` reads top to bottom.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,6 @@ def train(config: TrainConfig) -> TrainState:
     Raises:
       InputError: in config, rows or checkpoint; before anything is compiled.
     """
-    run_dir = Path(config.run_dir)
     open_run(config)
     tokenizer = load_tokenizer(config.model)
     tasks, held_out = load_tasks(config, tokenizer)
@@ -50,7 +48,7 @@ def train(config: TrainConfig) -> TrainState:
     schedule, optimizer = make_schedule(config.optimizer), make_optimizer(config.optimizer)
     temperature = config.rollout.sampling.temperature
 
-    with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
         model = abstract(read_config(config.model), config.dtype)
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         graphdef = nnx.graphdef(model)
@@ -62,7 +60,7 @@ def train(config: TrainConfig) -> TrainState:
         state = TrainState(params, optimizer.init(params))
         del model, params
 
-        log, done = RunLog(run_dir), checkpoints.latest()
+        log, done = RunLog(config.run_dir), checkpoints.latest()
         log.rewind(-1 if done is None else done)
         if done is not None:
             state = checkpoints.restore(done, like=state)

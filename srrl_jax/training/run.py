@@ -1,9 +1,8 @@
 """What a run needs before anything expensive starts: its directory and its rows."""
 
-from pathlib import Path
-
 import yaml
 
+from srrl_jax import storage
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
 from srrl_jax.models.tokenizer import Tokenizer
@@ -21,10 +20,11 @@ def open_run(config: TrainConfig) -> None:
       InputError: the directory cannot be written, or it holds a run of another recipe (the message
         shows the keys that differ).
     """
-    run_dir = Path(config.run_dir)
+    run_dir = storage.locate(config.run_dir)
     path = run_dir / "config.yaml"
     new = config.to_dict()
-    if path.exists() and any((run_dir / "checkpoints").glob("[0-9]*")):
+    checkpoints = run_dir / "checkpoints"
+    if path.exists() and checkpoints.is_dir() and any(step.name.isdigit() for step in checkpoints.iterdir()):
         old = yaml.safe_load(path.read_text())
         differences = [
             f"{key} was {before!r}, now {after!r}"
@@ -38,7 +38,7 @@ def open_run(config: TrainConfig) -> None:
             )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(new, sort_keys=False))
+        storage.replace(path, [yaml.safe_dump(new, sort_keys=False).encode()])
     except OSError as error:
         raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from None
 

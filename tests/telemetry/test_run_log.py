@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import RunLog, read_jsonl
 
@@ -96,3 +97,20 @@ def test_any_text_survives(tmp_path):
     log.rewind(1)
     assert read_jsonl(log.samples_path) == [{"step": 1, "completion": text}]
     assert "日本語" in log.samples_path.read_text(encoding="utf-8")
+
+
+def test_a_log_in_a_bucket_is_taken_back_and_goes_on_the_same(bucket):
+    whole = filled(bucket / "whole", 5)
+    resumed = filled(bucket / "killed", 4)
+    resumed.rewind(2)
+    assert steps(resumed.metrics_path) == [1, 2]
+    for step in range(3, 6):
+        resumed.write(step, {"kl": step / 3}, [{"sample": i, "completion": "né"} for i in range(2)])
+    for one, other in (
+        (resumed.metrics_path, whole.metrics_path),
+        (resumed.samples_path, whole.samples_path),
+    ):
+        assert read_jsonl(one) == read_jsonl(other)
+        assert [part.name for part in storage.parts(one)] == [part.name for part in storage.parts(other)]
+    resumed.rewind(-1)
+    assert storage.parts(resumed.metrics_path) == storage.parts(resumed.samples_path) == []
