@@ -97,7 +97,9 @@ def _values(example: Example, max_points: float) -> list[str]:
 def _lengths(
     example: Example, tokenizer: Tokenizer, thinking: bool, limit: int | None, checked: Checked
 ) -> list[str]:
-    checked.criterion_tokens.extend(len(tokenizer.encode(item.criterion)) for item in example.rubrics)
+    checked.criterion_tokens.extend(
+        len(tokenizer.encode(tokenizer.quote(item.criterion))) for item in example.rubrics
+    )
     try:
         rendered = tokenizer.render(list(example.prompt), thinking=thinking)
     except InputError as error:

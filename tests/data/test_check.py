@@ -90,8 +90,11 @@ def test_prompts_over_the_budget_are_named_by_the_tokens_they_take(write):
         check_rows(path, max_prompt_tokens=10)
 
 
-def test_a_prompt_that_the_chat_template_refuses(write, shared_data):
+def test_a_prompt_that_the_chat_template_refuses(write):
     class Picky:
+        def quote(self, text):
+            return text
+
         def render(self, messages, thinking):
             raise InputError("the chat template refuses the messages: no system turn")
 
