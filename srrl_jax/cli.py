@@ -118,6 +118,91 @@ def _convert(
     print(f"{convert(source, out, to, minus=minus, where=where or ())} rows in {out}")
 
 
+@app.command("evaluate")
+def _evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint (HF or GGUF); with --completions, their name.")],
+    rows: Annotated[str, typer.Argument(help="Rows with rubrics, e.g. HealthBench's hard.jsonl.")],
+    out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
+    completions: Annotated[str | None, typer.Option(help="Lines of prompt_id and completion.")] = None,
+    grader: Annotated[str, typer.Option(help="Checkpoint, or policy for MODEL itself.")] = "policy",
+    repeats: Annotated[int, typer.Option(min=1, help="Responses to each row.")] = 1,
+    where: Annotated[list[str] | None, typer.Option(metavar="TAG", help="As in data convert.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="Of responses.")] = 0.6,
+    thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
+    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
+    grader_max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    grader_temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
+    grader_thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
+    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
+    from srrl_jax.evaluation.commands import run_evaluate
+    from srrl_jax.evaluation.judge import AnswerConfig, JudgeConfig
+    from srrl_jax.sampling import SamplingConfig
+
+    run_evaluate(
+        model,
+        rows,
+        out,
+        completions=completions,
+        grader=grader,
+        repeats=repeats,
+        where=where or [],
+        limit=limit,
+        answering=AnswerConfig(
+            max_new_tokens, thinking, SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
+        ),
+        judging=JudgeConfig(
+            grader_max_new_tokens,
+            grader_thinking,
+            template,
+            tries,
+            SamplingConfig(temperature=grader_temperature, top_k=20, top_p=0.95),
+        ),
+        batch=batch,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+@app.command("meta-evaluate")
+def _meta_evaluate(
+    grader: Annotated[str, typer.Argument(help="Checkpoint, or a .jsonl file of ready verdicts.")],
+    labels: Annotated[str, typer.Argument(help="Rows of conversation, criterion and labels.")],
+    out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
+    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
+    thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
+    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
+    from srrl_jax.evaluation.commands import run_meta_evaluate
+    from srrl_jax.evaluation.judge import JudgeConfig
+    from srrl_jax.sampling import SamplingConfig
+
+    sampling = SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
+    run_meta_evaluate(
+        grader,
+        labels,
+        out,
+        limit=limit,
+        judging=JudgeConfig(max_new_tokens, thinking, template, tries, sampling),
+        batch=batch,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
 def main() -> None:
     """Runs the command line; bad input ends with one message on stderr and exit code 2."""
     try:

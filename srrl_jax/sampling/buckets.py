@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 
 from srrl_jax.errors import InputError
 
@@ -31,6 +32,22 @@ class Buckets:
                 raise InputError(
                     f"buckets.{field.name}: must be ascending sizes from {least} on, not {sizes}"
                 )
+
+
+def ladder(lengths: Iterable[int], least: int = 8) -> tuple[int, ...]:
+    """The sizes that hold `lengths` out of 0, 8, 12, 16, 24, 32, 48, 64, 96, ... from `least` on.
+
+    Lengths that are not known beforehand so meet few shapes, whatever batch they come in, at the
+    price of a third more padding at most.
+    """
+    return tuple(sorted({_rung(length, least) for length in lengths}))
+
+
+def _rung(length: int, least: int) -> int:
+    size = least
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if length else 0
 
 
 @dataclasses.dataclass(frozen=True)

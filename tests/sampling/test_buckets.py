@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling import Buckets
-from srrl_jax.sampling.buckets import fit, plan_waves
+from srrl_jax.sampling.buckets import fit, ladder, plan_waves
 
 TABLE = Buckets(prefix=(4, 8, 16), branch=(0, 3, 6), fan_out=(1, 4), rows=(1, 2, 4))
 
@@ -44,3 +44,11 @@ def test_waves_hold_every_row_once_at_the_smallest_sizes(rows):
     # No two waves of one shape have both room left.
     shapes = [(w.prefix, w.fan_out, w.branch) for w in waves if len(w.indices) < TABLE.rows[-1]]
     assert len(shapes) == len(set(shapes))
+
+
+def test_the_ladder_has_few_rungs_and_holds_every_length():
+    assert ladder(range(1, 100)) == (8, 12, 16, 24, 32, 48, 64, 96, 128)
+    assert ladder([0, 5, 6], least=4) == (0, 6)
+    for length in range(1, 3000):
+        (size,) = ladder([length])
+        assert length <= size and (size == 8 or 2 * length > 4 / 3 * size)

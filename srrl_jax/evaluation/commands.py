@@ -1,0 +1,114 @@
+"""`srrl evaluate` and `srrl meta-evaluate`: load, run, save, print."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from srrl_jax.data import load_examples, select
+from srrl_jax.evaluation.evaluate import Result, answers_of, evaluate, ready_answers
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, CheckpointJudge, JudgeConfig
+from srrl_jax.evaluation.labels import load_labels
+from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate, ready_verdicts, save
+from srrl_jax.evaluation.tables import agreement_table, confusion_table, published_table, score_table
+
+
+def run_evaluate(
+    model: str,
+    rows: str,
+    out: str,
+    *,
+    completions: str | None,
+    grader: str,
+    repeats: int,
+    where: Sequence[str],
+    limit: int | None,
+    answering: AnswerConfig,
+    judging: JudgeConfig,
+    batch: int,
+    dtype: str,
+    seed: int,
+) -> Result:
+    """Scores a checkpoint or a file of completions; see `srrl evaluate --help`. Raises InputError."""
+    examples = select(load_examples(rows), where)[:limit]
+    ready = completions and ready_answers(model, completions, examples, repeats)
+    own = grader in ("policy", model)
+    policy = None if ready and not own else Checkpoint(model, dtype, batch)
+    answers = ready or answers_of(policy, answering, {"answering": dataclasses.asdict(answering)}, seed)
+    judge = CheckpointJudge(policy if own else Checkpoint(grader, dtype, batch), judging, _judge_key(seed))
+    settings = {
+        "rows": rows,
+        "where": list(where),
+        "judging": dataclasses.asdict(judging),
+        "dtype": dtype,
+        "seed": seed,
+    }
+    with _progress("responses") as on_progress:
+        result = evaluate(
+            examples,
+            answers,
+            judge,
+            out,
+            settings=settings,
+            repeats=repeats,
+            chunk=4 * batch,
+            on_progress=on_progress,
+        )
+    console = Console()
+    console.print(score_table(result))
+    console.print(published_table(result, model, judge.name, Path(rows).name))
+    if repeats > 1:
+        print(f"each repeat: {', '.join(f'{mean:.3f}' for mean in result.repeats)}")
+    print(
+        f"grader {judge.name}, template {judging.template}: {result.unscorable:.1%} of verdicts unscorable; "
+        f"{result.left_out} of {result.responses} responses without a score; results in {out}"
+    )
+    return result
+
+
+def run_meta_evaluate(
+    grader: str,
+    labels: str,
+    out: str,
+    *,
+    limit: int | None,
+    judging: JudgeConfig,
+    batch: int,
+    dtype: str,
+    seed: int,
+) -> MetaResult:
+    """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
+    rows = load_labels(labels)[:limit]
+    settings = {"labels": labels}
+    if Path(grader).is_file():
+        verdicts = ready_verdicts(grader, len(rows))
+    else:
+        judge = CheckpointJudge(Checkpoint(grader, dtype, batch), judging, _judge_key(seed))
+        settings |= {"judging": dataclasses.asdict(judging), "dtype": dtype, "seed": seed}
+        with _progress("labels") as on_progress:
+            verdicts = grade_labels(
+                rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
+            )
+    result = meta_evaluate(rows, verdicts)
+    save(result, out, {"grader": grader} | settings)
+    console = Console()
+    console.print(agreement_table(result, grader))
+    console.print(confusion_table(result))
+    print(f"{result.rows} rows, {result.unscorable:.1%} of verdicts unscorable; results in {out}")
+    return result
+
+
+def _judge_key(seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

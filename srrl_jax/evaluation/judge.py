@@ -1,0 +1,147 @@
+"""Who answers and who judges in an evaluation: checkpoints, each loaded once.
+
+A judge is any object with `name` and `grade(items) -> list[list[Verdict]]`.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srrl_jax.errors import InputError
+from srrl_jax.grading import Grader, GradingItem, Verdict, opened_thought
+from srrl_jax.models import Qwen3
+from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.rubrics import Message, load_template, visible_response
+from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling.buckets import ladder
+
+
+class Judge(Protocol):
+    """Gives one verdict for every criterion of every item; `name` is what tables call it."""
+
+    name: str
+
+    def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]: ...
+
+
+class Answer(NamedTuple):
+    """A completion: its whole text, what a user would see of it, and how long it took."""
+
+    completion: str
+    response: str
+    tokens: int
+    truncated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerConfig:
+    """How a checkpoint answers: limit in tokens, <think> block or none, sampling."""
+
+    max_new_tokens: int = 1024
+    thinking: bool = False
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """How a checkpoint judges; see `srrl_jax.training.GradingConfig` for the fields."""
+
+    max_new_tokens: int = 256
+    thinking: bool = False
+    template: str = "shared"
+    tries: int = 3
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+
+
+class Checkpoint:
+    """A model with its tokenizer, from a directory (safetensors or GGUF) or hub id.
+
+    Args:
+      source: where it lies.
+      dtype: of the computation; weights stay float32.
+      rows: prefixes that run at one time.
+    """
+
+    def __init__(self, source: str, dtype: str = "float32", rows: int = 8):
+        self.name, self.rows = source, rows
+        self.tokenizer = load_tokenizer(source)
+        self.model = Qwen3.from_pretrained(source)
+        self.model.dtype = jnp.dtype(dtype)
+        self.params = nnx.state(self.model)
+
+    def answer(
+        self, prompts: Sequence[Sequence[Message]], ids: Sequence[int], key: jax.Array, config: AnswerConfig
+    ) -> list[Answer]:
+        """One completion of each prompt; that of prompt i draws from `key` folded with `ids[i]`."""
+        rendered = [self.tokenizer.render(list(prompt), thinking=config.thinking) for prompt in prompts]
+        tokens = [self.tokenizer.encode(text) for text in rendered]
+        sampler = self._sampler(
+            map(len, tokens), [0], (1,), new_tokens=config.max_new_tokens, sampling=config.sampling
+        )
+        sampled = sampler.generate(self.params, tokens, [[[]]] * len(tokens), key, row_ids=ids)
+        return [
+            Answer(
+                text := self.tokenizer.decode(completion.tokens.tolist()),
+                visible_response(opened_thought(prompt) + text),
+                len(completion.tokens),
+                bool(completion.truncated),
+            )
+            for prompt, (completion,) in zip(rendered, sampled, strict=True)
+        ]
+
+    def grade(self, items: Sequence[GradingItem], key: jax.Array, config: JudgeConfig) -> list[list[Verdict]]:
+        """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
+        try:
+            template = load_template(config.template)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        grader = Grader(None, self.tokenizer, template, tries=config.tries, thinking=config.thinking)
+        prefixes, branches = zip(*map(grader.encode, items), strict=True)
+        grader.sampler = self._sampler(
+            map(len, prefixes),
+            [len(branch) for row in branches for branch in row],
+            ladder(map(len, branches), least=4),
+            new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+        )
+        texts = repr([(list(item.prompt), item.response) for item in items])
+        return grader.grade(self.params, items, jax.random.fold_in(key, zlib.crc32(texts.encode())))
+
+    def _sampler(self, prefixes, branches, fan_out, *, new_tokens, sampling) -> Sampler:
+        branch, positions = ladder(branches), self.model.config.max_position_embeddings
+        room = positions - branch[-1] - new_tokens
+        buckets = Buckets(
+            tuple(sorted({min(size, room) for size in ladder(prefixes)})),
+            fan_out,
+            branch,
+            (self.rows,),
+        )
+        return Sampler(
+            self.model,
+            buckets,
+            new_tokens=new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            sampling=sampling,
+            allowed=min(self.tokenizer.size, self.model.config.vocab_size),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointJudge:
+    """A checkpoint as judge, with its settings and its random stream."""
+
+    checkpoint: Checkpoint
+    config: JudgeConfig
+    key: jax.Array
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]:
+        return self.checkpoint.grade(items, self.key, self.config)

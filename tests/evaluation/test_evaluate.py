@@ -1,0 +1,173 @@
+"""Answers and verdicts in, results out: with scripted judges, and with the embedded model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from srrl_jax.cli import app
+from srrl_jax.data import load_examples
+from srrl_jax.errors import InputError
+from srrl_jax.evaluation.evaluate import Answers, evaluate, ready_answers
+from srrl_jax.evaluation.judge import Answer
+from srrl_jax.grading import Verdict
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.tinyworld import oracle, oracle_score
+
+WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
+HARD = WORLD / "hard.jsonl"
+
+
+class Oracle:
+    """Knows the truth of the tiny world; says so for at most `patience` calls."""
+
+    name = "oracle"
+
+    def __init__(self, patience: int = 1000):
+        self.patience, self.graded = patience, []
+
+    def grade(self, items):
+        if self.patience == 0:
+            raise KeyboardInterrupt
+        self.patience -= 1
+        self.graded += [item.response for item in items]
+        return [[Verdict(oracle(i.response, c.criterion), "", 1, 1) for c in i.criteria] for i in items]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples(HARD)[:7]
+
+
+def says(examples, repeats):
+    """An answer that tells which row and repeat it belongs to."""
+    return [
+        Answer(f"<think>x</think> {e.prompt_id} {r}", f"bring a book . {e.prompt_id} {r}", 3, False)
+        for e, r in zip(examples, repeats, strict=True)
+    ]
+
+
+ANSWERS = Answers("someone", {"answering": 1}, says)
+
+
+def run(examples, out, judge, repeats=2, **settings):
+    return evaluate(examples, ANSWERS, judge, out, settings=settings, repeats=repeats, chunk=4)
+
+
+def test_results_are_those_of_the_verdicts(examples, tmp_path):
+    result = run(examples, tmp_path, Oracle())
+    scores = [oracle_score(e, f"bring a book . {e.prompt_id}") for e in examples]
+    assert result.scores["overall"].mean == pytest.approx(max(0, sum(scores) / len(scores)))
+    assert result.scores["overall"].n == result.responses == 14
+    assert result.repeats == [result.scores["overall"].mean] * 2
+    assert (result.left_out, result.unscorable) == (0, 0.0)
+    samples = read_jsonl(tmp_path / "samples.jsonl")
+    assert [(s["sample"], s["prompt_id"]) for s in samples] == [
+        (repeat, e.prompt_id) for repeat in (0, 1) for e in examples
+    ]
+    assert [s["reward"] for s in samples] == pytest.approx(scores * 2)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["scores"]["overall"]["mean"] == result.scores["overall"].mean
+    assert (saved["model"], saved["grader"]) == ("someone", "oracle")
+
+
+def test_what_was_killed_goes_on_and_ends_the_same(examples, tmp_path):
+    whole = run(examples, tmp_path / "whole", Oracle())
+    with pytest.raises(KeyboardInterrupt):
+        run(examples, tmp_path / "cut", Oracle(patience=2))
+    path = tmp_path / "cut" / "samples.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote the eighth line
+    judge = Oracle()
+    assert run(examples, tmp_path / "cut", judge) == whole
+    assert len(judge.graded) == 14 - 7
+    assert read_jsonl(path) == read_jsonl(tmp_path / "whole" / "samples.jsonl")
+    again = Oracle(patience=0)
+    assert run(examples, tmp_path / "cut", again) == whole and again.graded == []
+    more = Oracle()
+    run(examples, tmp_path / "cut", more, repeats=3)
+    assert len(more.graded) == 7
+
+
+def test_other_settings_do_not_mix_with_what_is_there(examples, tmp_path):
+    run(examples, tmp_path, Oracle(), seed=0)
+    with pytest.raises(InputError, match=r"other settings \(seed\): give a new --out"):
+        run(examples, tmp_path, Oracle(), seed=1)
+
+
+def test_responses_without_a_score_are_counted_and_in_no_mean(examples, tmp_path):
+    class Mute(Oracle):
+        def grade(self, items):
+            rows = super().grade(items)
+            return [[v._replace(met=None) for v in rows[0]], *rows[1:]]
+
+    result = evaluate(examples, ANSWERS, Mute(), tmp_path, settings={}, chunk=100)
+    assert (result.responses, result.left_out, result.scores["overall"].n) == (7, 1, 6)
+    silent, total = len(examples[0].rubrics), sum(len(e.rubrics) for e in examples)
+    assert result.unscorable == pytest.approx(silent / total)
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_ready_answers_show_what_a_user_would_see(examples, tmp_path):
+    lines = [
+        {"prompt_id": e.prompt_id, "completion": f"<think>no</think> take {r}"}
+        for r in (1, 2)
+        for e in examples
+    ]
+    path = write(tmp_path / "done.jsonl", *lines)
+    answers = ready_answers("x", path, examples, 2)
+    assert [a.response for a in answers.answer(examples[:2], [0, 1])] == ["take 1", "take 2"]
+    with pytest.raises(InputError, match="fewer than 3 completions for 7 of 7 rows, first hard-0000"):
+        ready_answers("x", path, examples, 3)
+    with pytest.raises(InputError, match="object 1 must have the strings"):
+        ready_answers("x", write(tmp_path / "bad.jsonl", {"prompt_id": "a"}), examples, 1)
+
+
+def srrl(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+
+
+GRADING = (
+    *("--template", WORLD / "grader.txt", "--grader-max-new-tokens", 20, "--grader-temperature", 1),
+    *("--tries", 1, "--batch", 4),
+)
+
+
+def test_the_embedded_model_answers_and_grades_itself(tmp_path):
+    arguments = (
+        *("evaluate", WORLD / "checkpoint", HARD, "--out", tmp_path, "--limit", 6, *GRADING),
+        *("--max-new-tokens", 64, "--temperature", 1),
+    )
+    done = srrl(*arguments)
+    assert done.exit_code == 0
+    for text in (
+        "overall",
+        "axis:completeness",
+        "theme:",
+        "± s.e.",
+        "GPT-5",
+        "0.462",
+        "GPT-4.1",
+        "self-rewarding",
+    ):
+        assert text in done.output
+    samples = read_jsonl(tmp_path / "samples.jsonl")
+    assert len(samples) == 6 and all(s["response"] and not s["truncated"] for s in samples)
+    examples = load_examples(HARD)[:6]
+    judged = [(oracle(s["response"], c["criterion"]), c["verdict"]) for s in samples for c in s["criteria"]]
+    assert sum(truth == met for truth, met in judged) / len(judged) > 0.9
+    results = json.loads((tmp_path / "results.json").read_text())
+    truth = sum(oracle_score(e, s["response"]) for e, s in zip(examples, samples, strict=True)) / 6
+    assert results["scores"]["overall"]["mean"] == pytest.approx(truth, abs=0.15)
+    # Another checkpoint as the grader of the same completions gives the same verdicts: it is the same one.
+    other = srrl(
+        *("evaluate", "ready", HARD, "--out", tmp_path / "ready", "--limit", 6, *GRADING),
+        *("--completions", tmp_path / "samples.jsonl", "--grader", WORLD / "checkpoint"),
+    )
+    assert other.exit_code == 0 and "ready" in other.output
+    again = read_jsonl(tmp_path / "ready" / "samples.jsonl")
+    assert [s["criteria"] for s in again] == [s["criteria"] for s in samples]
