@@ -95,4 +95,4 @@ def write(file: Path, shapes: dict[str, tuple[int, ...]], dtype: Any, tensors: I
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            np.ascontiguousarray(tensor, dtype).tofile(stream)
+            stream.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)

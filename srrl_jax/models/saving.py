@@ -2,17 +2,19 @@
 
 import json
 import math
-import shutil
 from collections import deque
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
+from srrl_jax import storage
 from srrl_jax.models import safetensors
 from srrl_jax.models.files import local_directory, read_json
 from srrl_jax.models.names import tensor_names
@@ -38,7 +40,7 @@ def save(
 
     Args:
       model: on any mesh.
-      directory: is made; weights of an earlier save in it are removed.
+      directory: is made, here or in an object store; weights of an earlier save in it are removed.
       dtype: of the files; by default that of the weights.
       tokenizer: directory or hub id whose tokenizer files and generation_config.json are copied. Where
         it has no generation_config.json, one is written that names the tokenizer's stop tokens.
@@ -47,7 +49,7 @@ def save(
       InputError: no tokenizer at `tokenizer`.
     """
     dtype = jnp.dtype(model.embed_tokens.weight.dtype if dtype is None else dtype)
-    directory = Path(directory)
+    directory = storage.locate(directory)
     arrays = {".".join(path): v[...] for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     places = {
         name: (parameter, index)
@@ -60,8 +62,9 @@ def save(
     first = jax.process_index() == 0
     if first:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("model*.safetensors*"):
-            old.unlink()
+        for old in list(directory.iterdir()):
+            if fnmatch(old.name, "model*.safetensors*"):
+                old.unlink()
         _write_settings(model, directory, dtype, tokenizer)
         if len(files) > 1:
             index = {
@@ -98,15 +101,17 @@ def _gather(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     return np.asarray(tensor if tensor.is_fully_addressable else process_allgather(tensor, tiled=True))
 
 
-def _write_settings(model: Qwen3, directory: Path, dtype: np.dtype, tokenizer: str | Path | None) -> None:
+def _write_settings(
+    model: Qwen3, directory: epath.Path, dtype: np.dtype, tokenizer: str | Path | None
+) -> None:
     config = {**model.config.to_hf(), "dtype": dtype.name}
     if tokenizer is not None:
         source = local_directory(tokenizer, TOKENIZER_FILES)
         fields = read_json(source / "config.json")
         config |= {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
         for file in {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}:
-            if file.name != "config.json" and source.resolve() != directory.resolve():
-                shutil.copyfile(file, directory / file.name)
+            if file.name != "config.json" and storage.locate(source) != directory:
+                (directory / file.name).write_bytes(file.read_bytes())
         if not (source / "generation_config.json").exists():
             tokens = load_tokenizer(source)
             settings = {"eos_token_id": list(tokens.stop_ids), "pad_token_id": tokens.pad_id}
@@ -114,5 +119,5 @@ def _write_settings(model: Qwen3, directory: Path, dtype: np.dtype, tokenizer: s
     _write_json(directory / "config.json", config)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 import yaml
+from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import MeshConfig
@@ -276,7 +277,7 @@ class TrainConfig:
         Raises:
           InputError: names the file or override, the key, and for an unknown key the nearest known.
         """
-        values = _read(Path(path))
+        values = _read(epath.Path(path))
         _check_keys(cls, values, where=str(path))
         for override in overrides:
             key, equals, text = override.partition("=")

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh, shardings
@@ -19,7 +20,7 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
 
     Args:
       run_dir: of `srrl train`; its config.yaml names the model whose tokenizer files are copied.
-      out: a directory that is empty or does not exist.
+      out: a directory that is empty or does not exist; both may be gs://.
       step: a checkpoint's step; the newest by default.
       dtype: of the files. Training keeps float32, which the default leaves as it is.
     Returns:
@@ -27,7 +28,7 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
     Raises:
       InputError: no run, no such checkpoint (names those there are), or `out` is not empty.
     """
-    run_dir, out = Path(run_dir), Path(out)
+    run_dir, out = storage.locate(run_dir), storage.locate(out)
     recipe = run_dir / "config.yaml"
     if not recipe.exists():
         raise InputError(f"{run_dir}: no run is there (a run directory holds config.yaml)")

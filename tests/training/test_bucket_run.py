@@ -12,6 +12,7 @@ from srrl_jax import storage
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.report import write_report
 from srrl_jax.training import train
+from srrl_jax.training.export import export
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -48,6 +49,9 @@ def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
     assert read_jsonl(f"{there}/samples.jsonl") == read_jsonl(here / "samples.jsonl")
     run_dir = storage.locate(there)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["1", "2"]
+    assert export(there, f"{bucket}/export") == export(here, tmp_path / "export") == 2
+    for file in (tmp_path / "export").iterdir():
+        assert (bucket / "export" / file.name).read_bytes() == file.read_bytes(), file.name
     assert "<!doctype html>" in write_report(there).read_text()
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "report.html",
