@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from srrl_jax import storage
 from srrl_jax.data.select import select, subtract
 from srrl_jax.data.sources import load_examples, read_rows
 from srrl_jax.data.tfds import write_tfds
@@ -36,10 +37,10 @@ def convert(
     if to == "tfds":
         write_tfds(rows, out)
         return len(rows)
-    out = Path(out)
+    out = storage.locate(out)
     if out.exists():
         raise InputError(f"{out} is in use: give a new file to write the rows to")
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out.write_text(text, encoding="utf-8")
+    storage.replace(out, [text.encode()])
     return len(rows)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Example
 
@@ -21,7 +22,7 @@ def write_tfds(rows: Iterable[Example | dict[str, Any]], directory: str | Path) 
     """Write rows (examples, or dicts in HealthBench's schema) in order as the split "train".
 
     `load_examples(directory)` reads them back. Raises InputError when the directory already holds
-    something.
+    something, or is not on a disk.
     """
     import tensorflow_datasets as tfds  # slow to import
 
@@ -45,6 +46,8 @@ def write_tfds(rows: Iterable[Example | dict[str, Any]], directory: str | Path) 
                 row = row.to_dict() if isinstance(row, Example) else row
                 yield index, {FEATURE: json.dumps(row, ensure_ascii=False)}
 
+    if storage.is_remote(directory):
+        raise InputError(f"{directory}: array_record files are written to a disk; copy them from there")
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is in use: give a new directory to write the rows to")

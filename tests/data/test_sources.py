@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 
 from srrl_jax.data import check_disjoint, load_examples, write_tfds
+from srrl_jax.data.convert import convert
 from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Example
 
@@ -169,6 +170,16 @@ def test_rows_in_a_bucket(datasets, bucket, tmp_path):
     (bucket / "tfds" / "features.json").write_bytes(b"{}")
     with pytest.raises(InputError, match="array_record files are read from a disk"):
         load_examples("gs://bucket/tfds")
+
+
+def test_rows_are_written_to_a_bucket(bucket, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert convert(str(rows), f"{bucket}/out/rows.jsonl", "jsonl") == 3
+    assert load_examples(f"{bucket}/out/rows.jsonl") == EXAMPLES
+    with pytest.raises(InputError, match="is in use"):
+        convert(str(rows), f"{bucket}/out/rows.jsonl", "jsonl")
+    with pytest.raises(InputError, match="gs://bucket/tfds: array_record files are written to a disk"):
+        convert(str(rows), f"{bucket}/tfds", "tfds")
 
 
 def test_datasets_directory_of_several_splits_names_them(datasets, tmp_path):
