@@ -78,20 +78,24 @@ def _parameter(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | N
     stack = jnp.zeros(shape, dtype, device=sharding)
     for layer in range(shape[0]):
         rows = {index[1:]: tensor for index, tensor in parts.items() if index[0] == layer}
-        row = _place(rows, shape[1:], row_sharding, dtype)
-        stack = _set_row(stack, row, layer).block_until_ready()  # or rows would pile up on the host
+        stack = _set_row(stack, _place(rows, shape[1:], row_sharding, dtype), layer)
+        stack.block_until_ready()  # else rows would pile up on the host
     return stack
 
 
 @partial(jax.jit, donate_argnums=0)
 def _set_row(stack: jax.Array, row: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
+    # As integers: on CPU, XLA updates a bfloat16 array in place but by way of float32, all of it.
+    bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
+    stack_bits, row_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, row))
+    updated = jax.lax.dynamic_update_index_in_dim(stack_bits, row_bits, layer, 0)
+    return jax.lax.bitcast_convert_type(updated, stack.dtype)
 
 
 def _place(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | None, dtype) -> jax.Array:
     """An array on its devices; what this process's devices hold of it is read once."""
     if sharding is None:
-        return jnp.asarray(_read(parts, tuple(slice(0, size) for size in shape), dtype))
+        return jax.device_put(_read(parts, tuple(slice(0, size) for size in shape), dtype))
     shards = [
         tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
         for index in sharding.addressable_devices_indices_map(shape).values()

@@ -1,5 +1,7 @@
 """GGUF files, written here by llama.cpp's package with its row order."""
 
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -14,7 +16,29 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+
+
+def fields_of(model_type):
+    return EXPERTS if model_type == "qwen3_moe" else {}
+
+
+def merge_experts(tensors):
+    """One tensor for the experts of a layer, as llama.cpp's convert_hf_to_gguf.py makes it."""
+    merged = {}
+    for name, values in tensors.items():
+        merged.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append((name, values))
+    number = re.compile(r"experts\.(\d+)")
+    return {
+        name: np.stack(
+            [values for _, values in sorted(parts, key=lambda part: int(number.search(part[0])[1]))]
+        )
+        if "experts" in name
+        else parts[0][1]
+        for name, parts in merged.items()
+    }
 
 
 def permute(weights, heads):
@@ -44,7 +68,7 @@ def write(tmp_path):
         model.save_pretrained(tmp_path / "hf")
         folder = tmp_path / "gguf"
         folder.mkdir(exist_ok=True)
-        writer = gguf.GGUFWriter(folder / name, c.model_type)
+        writer = gguf.GGUFWriter(folder / name, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[c.model_type]])
         writer.add_block_count(c.num_hidden_layers)
         writer.add_context_length(c.max_position_embeddings)
         writer.add_embedding_length(c.hidden_size)
@@ -55,16 +79,21 @@ def write(tmp_path):
         writer.add_value_length(c.head_dim)
         writer.add_layer_norm_rms_eps(c.rms_norm_eps)
         writer.add_rope_freq_base(c.rope_theta)
+        if c.moe is not None:
+            writer.add_expert_count(c.moe.num_experts)
+            writer.add_expert_used_count(c.moe.num_experts_per_tok)
+            writer.add_expert_feed_forward_length(c.moe.moe_intermediate_size)
         for key, value in dict(metadata).items():
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
         names = gguf.get_tensor_name_map(ARCHITECTURES[c.model_type], c.num_hidden_layers)
-        for hf_name, values in load_file(tmp_path / "hf" / "model.safetensors").items():
+        tensors = merge_experts(load_file(tmp_path / "hf" / "model.safetensors"))
+        for hf_name, values in tensors.items():
             if c.model_type == "llama" and "q_proj" in hf_name:
                 values = permute(values, c.num_attention_heads)
             if c.model_type == "llama" and "k_proj" in hf_name:
                 values = permute(values, c.num_key_value_heads)
             gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-            if quantization and values.ndim == 2:
+            if quantization and values.ndim > 1:
                 values = blocks(values, quantization)
                 writer.add_tensor(gguf_name, values, raw_dtype=quantization)
             else:
@@ -87,7 +116,8 @@ def weights(model):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_unquantized_is_bit_identical(tiny, write, model_type, tied):
-    model = tiny(model_type, tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_theta=5e5)
+    fields = dict(tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_theta=5e5)
+    model = tiny(model_type, **fields, **fields_of(model_type))
     loaded = Qwen3.from_pretrained(write(model))
     assert loaded.config == model.config
     expected, actual = weights(model), weights(loaded)
@@ -108,7 +138,7 @@ def test_llama_bias_rows_are_unpermuted_too(tiny, write):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_quantized_is_close(tiny, write, model_type):
     """Q8_0 keeps 8 bits of the largest of each 32 values: within 1/254 of it, and float16 scales."""
-    model = tiny(model_type, hidden_size=64, intermediate_size=96)
+    model = tiny(model_type, hidden_size=64, intermediate_size=96, **fields_of(model_type))
     loaded = weights(Qwen3.from_pretrained(write(model, gguf.GGMLQuantizationType.Q8_0)))
     changed = False
     for path, values in weights(model).items():

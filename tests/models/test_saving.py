@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from srrl_jax.errors import InputError
@@ -42,6 +43,22 @@ def test_a_tensor_over_the_size_has_its_own_file(tiny, tmp_path):
     files = list(tmp_path.glob("*.safetensors"))
     assert all(len(load_file(file)) == 1 for file in files) and len(files) == 25
     Qwen3.from_pretrained(tmp_path)
+
+
+def test_experts_round_trip(tiny, tmp_path):
+    """Layers with and without experts, cut into files between the experts of a layer."""
+    model = tiny(
+        "qwen3_moe", num_experts=5, moe_intermediate_size=32, num_experts_per_tok=2, mlp_only_layers=[0]
+    )
+    model.save_pretrained(tmp_path / "first", max_shard_size=30_000)
+    loaded = Qwen3.from_pretrained(tmp_path / "first")
+    expected, actual = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
+    assert expected.keys() == actual.keys()
+    for path in expected:
+        np.testing.assert_array_equal(actual[path][...], expected[path][...], err_msg=str(path))
+    loaded.save_pretrained(tmp_path / "second", max_shard_size=30_000)
+    first, second = ({f.name: f.read_bytes() for f in tmp_path.glob(f"{n}/*")} for n in ("first", "second"))
+    assert first == second and len(first) > 3
 
 
 def test_weights_of_an_earlier_save_are_removed(tiny, tmp_path):
