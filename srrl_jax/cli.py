@@ -120,7 +120,10 @@ def _convert(
 
 @app.command("evaluate")
 def _evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint (HF or GGUF); with --completions, their name.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Checkpoint (HF, GGUF, RUN_DIR or RUN_DIR@STEP) or a name for --completions."),
+    ],
     rows: Annotated[str, typer.Argument(help="Rows with rubrics, e.g. HealthBench's hard.jsonl.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
     completions: Annotated[str | None, typer.Option(help="Lines of prompt_id and completion.")] = None,
@@ -144,13 +147,14 @@ def _evaluate(
     from srrl_jax.evaluation.commands import run_evaluate
     from srrl_jax.evaluation.judge import AnswerConfig, JudgeConfig
     from srrl_jax.sampling import SamplingConfig
+    from srrl_jax.training.export import exported
 
     run_evaluate(
-        model,
+        exported(model),
         rows,
         out,
         completions=completions,
-        grader=grader,
+        grader=exported(grader),
         repeats=repeats,
         where=where or [],
         limit=limit,
@@ -189,10 +193,11 @@ def _meta_evaluate(
     from srrl_jax.evaluation.commands import run_meta_evaluate
     from srrl_jax.evaluation.judge import JudgeConfig
     from srrl_jax.sampling import SamplingConfig
+    from srrl_jax.training.export import exported
 
     sampling = SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
     run_meta_evaluate(
-        grader,
+        exported(grader),
         labels,
         out,
         limit=limit,

@@ -77,7 +77,8 @@ def confusion_table(result: MetaResult) -> Table:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("", "model", "rows", "grader") else "right")
+        words = column in ("", "model", "rows", "grader")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 
 

@@ -1,5 +1,6 @@
 """From a checkpoint of a run to a directory that `transformers` and serving engines load."""
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -54,3 +55,24 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
         model = nnx.merge(graphdef, checkpoints.restore_params(step, like))
     model.save_pretrained(out, dtype, tokenizer=config.model)
     return step
+
+
+def exported(source: str) -> str:
+    """The directory of weights that a command is to read for `source`.
+
+    RUN_DIR or RUN_DIR@STEP stands for the policy of a run, at its newest checkpoint or at that step; it
+    is exported to RUN_DIR/export/STEP once. Anything else is returned as it is. Raises InputError as
+    `export` does.
+    """
+    name, at, number = source.rpartition("@")
+    run_dir, step = (Path(name), int(number)) if at and number.isdigit() else (Path(source), None)
+    if not (run_dir / "config.yaml").is_file():
+        return source
+    if step is None or not (run_dir / "export" / str(step)).exists():
+        with tempfile.TemporaryDirectory(dir=run_dir) as scratch:
+            whole = Path(scratch) / "model"  # moved only when all of it is there
+            step = export(run_dir, whole, step)
+            if not (run_dir / "export" / str(step)).exists():
+                (run_dir / "export").mkdir(exist_ok=True)
+                whole.rename(run_dir / "export" / str(step))
+    return str(run_dir / "export" / str(step))

@@ -12,7 +12,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.training.checkpoint import Checkpoints, TrainState
-from srrl_jax.training.export import export
+from srrl_jax.training.export import export, exported
 from srrl_jax.training.run import open_run
 from srrl_jax.training.update import make_optimizer
 
@@ -71,3 +71,16 @@ def test_what_is_refused(run, tmp_path, recipe):
     with pytest.raises(InputError, match="no checkpoint yet"):
         export(tmp_path / "young", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_directory_stands_for_its_policy(run):
+    run_dir, params = run
+    assert exported(f"{run_dir}@2") == str(run_dir / "export" / "2")
+    assert exported(str(run_dir)) == exported(f"{run_dir}@4") == str(run_dir / "export" / "4")
+    assert_holds(run_dir / "export" / "2", params[2])
+    assert_holds(run_dir / "export" / "4", params[4])
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "checkpoints", "export"}
+    for other in ("owner/name", "policy", str(run_dir / "export" / "4"), "name@2"):
+        assert exported(other) == other
+    with pytest.raises(InputError, match="no checkpoint of step 3; there are 2, 4"):
+        exported(f"{run_dir}@3")
