@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from srrl_jax.errors import InputError
+
 NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
 
 
@@ -39,11 +41,59 @@ def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
     return queries[..., :, None] - keys[..., None, :] < window
 
 
-def attend(q: jax.Array, segments: list[Segment]) -> jax.Array:
+def platform() -> str:
+    """Where programs are compiled for: "cpu", "gpu" or "tpu", of the current mesh if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def check_kernel(name: str, dtype, slides: bool) -> None:
+    """Raises InputError where the recipe's `attention` cannot run.
+
+    Args:
+      name: "auto", "xla", "splash" or "cudnn".
+      dtype: of activations.
+      slides: whether the config has layers of sliding attention.
+    """
+    here = platform()
+    if name == "splash" and here != "tpu":
+        raise InputError(f"attention: splash needs a TPU, and this is a {here}; use auto")
+    if name == "splash" and slides:
+        raise InputError("attention: splash does not compute this model's sliding attention; use auto or xla")
+    if name == "cudnn" and here != "gpu":
+        raise InputError(f"attention: cudnn needs a GPU, and this is a {here}; use auto")
+    if name == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        raise InputError("attention: cudnn computes in 16 bits; set dtype=bfloat16, or use auto")
+
+
+def choose_kernel(name: str, dtype, slides: bool, tokens: int) -> str:
+    """What "auto" stands for here: "xla", "splash" or "cudnn"; `tokens` are those of a branch.
+
+    A single token (decoding) has no scores worth saving and stays with XLA, whatever the name.
+    """
+    if tokens == 1:
+        return "xla"
+    if name != "auto":
+        return name
+    for kernel in ("splash", "cudnn"):
+        try:
+            check_kernel(kernel, dtype, slides)
+        except InputError:
+            continue
+        return kernel
+    return "xla"
+
+
+def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Array:
     """Softmax attention of `q` [N, B, T, H, D] over all `segments` at once -> [N, B, T, H * D].
 
     Grouped-query heads: head h reads key/value head h // (H // K). Scores and softmax are float32.
+    `kernel`: "xla" takes any segments; for "splash" and "cudnn" see `srrl_jax.models.kernels`.
     """
+    if kernel != "xla":
+        from srrl_jax.models.kernels import KERNELS
+
+        return KERNELS[kernel](q, segments)
     n, b, t, h, d = q.shape
     heads = segments[0].k.shape[1]
     q = q.reshape(n, b, t, heads, h // heads, d).transpose(0, 3, 1, 4, 2, 5)  # [N, K, B, G, T, D]

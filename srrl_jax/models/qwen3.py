@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.attention import Segment, attend, near
+from srrl_jax.models.attention import Segment, attend, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale
 from srrl_jax.models.moe import MoE
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, cos, sin, context: list[Segment], own_mask: jax.Array):
+    def __call__(self, x, cos, sin, context: list[Segment], own_mask: jax.Array, kernel: str):
         """x [N, B, T, hidden] -> the same shape, and its keys and values [N, K, B, T, D]."""
 
         def heads(y):
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-        return self.o_proj(attend(q, [*context, Segment(k, v, own_mask)])), (k, v)
+        return self.o_proj(attend(q, [*context, Segment(k, v, own_mask)], kernel)), (k, v)
 
 
 class Layer(nnx.Module):
@@ -66,9 +66,9 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, stack, rngs=rngs)
 
-    def __call__(self, x, mask, cos, sin, context, own_mask):
+    def __call__(self, x, mask, cos, sin, context, own_mask, kernel):
         """The new x, its keys and values, and the load of the experts (None in a dense layer)."""
-        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, context, own_mask)
+        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, context, own_mask, kernel)
         x = x + y
         y = self.post_attention_layernorm(x)
         y, load = self.mlp(y, mask) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
@@ -82,7 +82,11 @@ class Qwen3(nnx.Module):
       config: sizes and switches.
       rngs: initial weights, normal with deviation 0.02, float32.
       dtype: of activations and matrix products; norms, softmax and log-sum-exp stay in float32.
+
+    Attribute `attention` names the kernel: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
     """
+
+    attention = "auto"
 
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         c = config
@@ -168,6 +172,7 @@ class Qwen3(nnx.Module):
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         steps = jnp.arange(tokens.shape[-1])
         own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
+        kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
 
         def run(x, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""
@@ -182,7 +187,7 @@ class Qwen3(nnx.Module):
                         s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments
                     ]
                     allowed = allowed & near(positions, positions, window)
-                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, segments, allowed)
+                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, segments, allowed, kernel)
                 return constrain(x, "batch", None, None, None), new
 
             if remat != "none":

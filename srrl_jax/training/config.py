@@ -182,6 +182,7 @@ class TrainConfig:
     grader: Literal["policy", "frozen"] = "policy"
     kl_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -18,6 +18,7 @@ from srrl_jax.data import step_rows
 from srrl_jax.errors import InputError
 from srrl_jax.losses import group_advantages
 from srrl_jax.models import Qwen3
+from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh, place_batch, row_shards
@@ -50,6 +51,8 @@ def train(config: TrainConfig) -> TrainState:
 
     with jax.set_mesh(mesh), Checkpoints(config.run_dir, config.checkpoint) as checkpoints:
         model = abstract(read_config(config.model), config.dtype)
+        check_kernel(config.attention, config.dtype, slides=model.config.windows is not None)
+        model.attention = config.attention
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         graphdef = nnx.graphdef(model)
         params = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights

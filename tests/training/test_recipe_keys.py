@@ -212,6 +212,7 @@ ELSEWHERE = {
     "rollout.sampling.top_p",
     "rollout.sampling.min_p",
     "optimizer.remat",
+    "attention",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -337,6 +338,13 @@ def test_mesh_asks_for_devices(recipe, tmp_path, axis):
     sizes = dict.fromkeys(("data", "fsdp", "tensor", "expert"), 1) | {axis: 1024}
     with pytest.raises(InputError, match=rf"'{axis}': 1024.*but there are"):
         train(recipe(tmp_path, *[f"mesh.{name}={size}" for name, size in sizes.items()]))
+
+
+@pytest.mark.parametrize(("kernel", "device"), [("splash", "TPU"), ("cudnn", "GPU")])
+def test_attention_asks_for_its_device(recipe, tmp_path, kernel, device):
+    """What the kernels compute is tested in tests/models/test_kernels.py."""
+    with pytest.raises(InputError, match=rf"attention: {kernel} needs a {device}, and this is a cpu"):
+        train(recipe(tmp_path, f"attention={kernel}"))
 
 
 @pytest.mark.parametrize(

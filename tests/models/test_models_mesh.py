@@ -1,4 +1,4 @@
-"""The head on eight virtual devices: rows over data and fsdp, vocabulary over tensor."""
+"""Head and attention kernels on eight virtual devices: rows over data and fsdp, the rest over tensor."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 
 @pytest.fixture(scope="module")
 def eight():
-    """Numbers of head_on_eight_devices.py."""
+    """Numbers of models_on_eight_devices.py."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("head_on_eight_devices.py")],
+        [sys.executable, Path(__file__).with_name("models_on_eight_devices.py")],
         env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -24,7 +24,7 @@ def eight():
 
 
 @pytest.mark.parametrize("name", ["cut", "whole vocabulary", "whole rows"])
-def test_equals_one_device(eight, name):
+def test_head_equals_one_device(eight, name):
     """Where an axis divides the sizes, and where it stays whole."""
     assert max(eight[name]["errors"]) < 2e-6
 
@@ -32,3 +32,8 @@ def test_equals_one_device(eight, name):
 def test_the_head_is_gathered_a_chunk_at_a_time(eight):
     """Of a device's 22 rows of 8, 6 in each of 4 chunks; its half of the columns comes from fsdp."""
     assert eight["cut"]["gathered"] == [6 * 8]
+
+
+@pytest.mark.parametrize("name", ["splash", "splash, whole rows", "splash, whole heads", "cudnn"])
+def test_attention_equals_xla_on_one_device(eight, name):
+    assert max(eight[name]["errors"]) < 5e-6

@@ -1,0 +1,143 @@
+"""Fused attention over the tree layout: splash on TPU, cuDNN on GPU.
+
+All segments of a row become one list of keys, and all tokens of its branches one list of queries; which
+query may see which key is then a mask with many empty blocks. The kernel's online softmax merges the
+prefix part and the branch part by their log-sum-exp as it walks over the blocks, so nothing is merged
+outside of it, and its own gradient holds. (The public kernels can return a log-sum-exp, but no gradient
+flows through it.) The price is one copy of a row's keys and values, not one for each branch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec as P
+
+from srrl_jax.models.attention import Segment
+from srrl_jax.parallel import mesh_axes
+
+_LANES = 128  # splash: lengths are multiples of it
+
+
+def over_mesh(function, q: jax.Array, segments: list[Segment]) -> jax.Array:
+    """Runs `function(q, segments)` on each device's rows and key/value heads; at once without a mesh."""
+    n, heads = q.shape[0], segments[0].k.shape[1]
+    rows, cut = P(mesh_axes("batch", n) or None), mesh_axes("kv_heads", heads) or None
+    if rows[0] is None and cut is None:
+        return function(q, segments)
+    keys = P(*rows, cut)
+    segments = [
+        s._replace(mask=jnp.broadcast_to(s.mask, (n, *s.mask.shape[1:])), positions=None) for s in segments
+    ]
+    specs = [Segment(keys, keys, rows, None) for _ in segments]
+    queries = P(*rows, None, None, cut)  # [N, B, T, H, D]: a device has the query heads of its key heads
+    run = jax.shard_map(
+        function, in_specs=(queries, specs), out_specs=P(*rows, None, None, cut), check_vma=False
+    )
+    return run(q, segments)
+
+
+def splash(q: jax.Array, segments: list[Segment], interpret: bool = False) -> jax.Array:
+    """`attend` by TPU splash attention, forward and backward; blocks that no query sees are skipped.
+
+    The last segment must be the queries' own tokens, seen causally; the other masks must be alike for all
+    queries of a branch (no sliding window). `interpret` runs it on a CPU.
+    """
+    n, b, t, h, d = q.shape
+    *context, own = segments
+    heads = own.k.shape[1]
+    q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(n, b * t, heads, h // heads, d).transpose(0, 2, 3, 1, 4)
+    real = jnp.diagonal(own.mask, axis1=-2, axis2=-1)  # [N, B, T]: a token that is not padding sees itself
+    seen = [jnp.broadcast_to(s.mask[:, :, 0], (n, s.k.shape[2], s.k.shape[3])) for s in context]
+    keys_real = jnp.concatenate([x.reshape(n, -1) for x in (*seen, real)], axis=1)
+    k, v = _flat(segments)
+
+    mask = _tree_mask(b, t, [s.k.shape[2:4] for s in context])
+    queries, keys = mask.shape
+    ids = splash_attention.SegmentIds(_pad(real.reshape(n, -1), 1, queries), _pad(keys_real, 1, keys))
+    kernel = splash_attention.make_splash_mqa(
+        splash_attention.MultiHeadMask([splash_attention.NumpyMask(mask)] * (h // heads)),
+        block_sizes=_blocks(queries, keys),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    over_heads = jax.vmap(kernel, (0, 0, 0, None))
+    ids = jax.tree.map(lambda x: x.astype(jnp.int32), ids)
+    out = jax.vmap(over_heads)(_pad(q, 3, queries), _pad(k, 2, keys), _pad(v, 2, keys), ids)
+    return out[:, :, :, : b * t].transpose(0, 3, 1, 2, 4).reshape(n, b, t, h * d)
+
+
+def cudnn(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") -> jax.Array:
+    """`attend` by cuDNN, for any masks; bfloat16 or float16. Its mask is an array [N, B T, keys].
+
+    `implementation` "xla" computes the same call without a GPU.
+    """
+    n, b, t, h, d = q.shape
+    masks = []
+    for s in segments:
+        own, size = s.k.shape[2:4]
+        mask = jnp.broadcast_to(s.mask, (n, b, t, size))[:, :, :, None]  # [N, B, T, own, S]
+        if own > 1:
+            mask = mask & jnp.eye(own, dtype=bool)[None, :, None, :, None]
+        masks.append(mask.reshape(n, b * t, own * size))
+    k, v = (x.transpose(0, 2, 1, 3) for x in _flat(segments))
+    out = jax.nn.dot_product_attention(
+        q.reshape(n, b * t, h, d),
+        k,
+        v,
+        mask=jnp.concatenate(masks, -1)[:, None],
+        implementation=implementation,
+    )
+    return out.reshape(n, b, t, h * d)
+
+
+def _flat(segments: list[Segment]) -> tuple[jax.Array, jax.Array]:
+    """All keys and all values, each [N, K, keys, D]."""
+
+    def join(arrays):
+        return jnp.concatenate([x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in arrays], axis=2)
+
+    return join([s.k for s in segments]), join([s.v for s in segments])
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pads)
+
+
+def _tree_mask(branches: int, tokens: int, context: list[tuple[int, int]]) -> np.ndarray:
+    """bool [queries, keys], both filled up to whole lanes: what a branch's tokens see, padding apart.
+
+    Args:
+      branches, tokens: B and T of the queries, which are also the last keys.
+      context: (B or 1, S) of each earlier segment.
+    """
+    branch, step = [], []  # of each key; -1 = any branch, any step
+    for own, size in context:
+        branch.append(np.repeat(np.arange(own) if own > 1 else [-1], size))
+        step.append(np.full(own * size, -1))
+    query_branch, query_step = np.divmod(np.arange(branches * tokens), tokens)
+    branch, step = np.concatenate([*branch, query_branch]), np.concatenate([*step, query_step])
+    own_branch = (branch == -1) | (branch == query_branch[:, None])
+    seen = own_branch & (step <= query_step[:, None])
+    filled = np.zeros([-(-size // _LANES) * _LANES for size in seen.shape], bool)
+    filled[: seen.shape[0], : seen.shape[1]] = seen
+    filled[seen.shape[0] :, 0] = True  # no row may be empty
+    return filled
+
+
+def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:
+    """The largest blocks up to 512 that divide both lengths."""
+    q, kv = (next(size for size in (512, 384, 256, 128) if n % size == 0) for n in (queries, keys))
+    return splash_attention.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=kv,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        block_q_dq=q, block_kv_dq=kv,
+    )  # fmt: skip
+
+
+KERNELS = {"splash": functools.partial(over_mesh, splash), "cudnn": functools.partial(over_mesh, cudnn)}

@@ -1,0 +1,95 @@
+"""Run by test_models_mesh.py in a process with eight virtual devices; prints numbers as JSON."""
+
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from srrl_jax.models import head as head_module
+from srrl_jax.models import kernels
+from srrl_jax.models.attention import Segment, attend
+from srrl_jax.parallel import MeshConfig, make_mesh
+
+head_module._TOKENS, head_module._VOCAB = 16, 6
+HIDDEN = 8
+
+
+def run(hidden, head, targets):
+    """Values, and gradients of a weighted sum of them."""
+    (logprobs, entropy), back = jax.vjp(
+        lambda h, w: head_module.token_logprobs(h, w, targets, 0.7, 41), hidden, head
+    )
+    weight = jnp.cos(jnp.arange(logprobs.size)).reshape(logprobs.shape)
+    return logprobs, entropy, *back((weight, 0.3 * weight))
+
+
+def errors(actual, expected) -> list[float]:
+    """Largest difference of each array over its largest value."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return [float(np.abs(np.asarray(x) - y).max() / np.abs(y).max()) for x, y in pairs]
+
+
+def attention(mesh, kernel, rows: int, heads: int) -> list[float]:
+    """Two branches on a prefix, values and gradients, against plain XLA on one device."""
+    keys = jax.random.split(jax.random.key(heads), 5)
+    q = jax.random.normal(keys[0], (rows, 2, 6, 2 * heads, 8))
+    own = [jax.random.normal(key, (rows, heads, 2, 6, 8)) for key in keys[1:3]]
+    prefix = [jax.random.normal(key, (rows, heads, 1, 9, 8)) for key in keys[3:]]
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (rows, 2, 6, 6))
+
+    def run(function, q, own, prefix):
+        def out(q, own, prefix):
+            segments = [Segment(*prefix, jnp.ones((1, 1, 1, 9), bool)), Segment(*own, causal)]
+            return function(q, segments)
+
+        y, back = jax.vjp(out, q, own, prefix)
+        return y, back(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    expected = jax.jit(functools.partial(run, attend))(q, own, prefix)
+    with jax.set_mesh(mesh):
+        return errors(jax.jit(functools.partial(run, kernel))(q, own, prefix), expected)
+
+
+def main() -> None:
+    report = {}
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    splash = functools.partial(kernels.over_mesh, functools.partial(kernels.splash, interpret=True))
+    cudnn = functools.partial(kernels.over_mesh, functools.partial(kernels.cudnn, implementation="xla"))
+    for name, kernel, rows, heads in (
+        ("splash", splash, 4, 2),
+        ("splash, whole rows", splash, 3, 2),
+        ("splash, whole heads", splash, 4, 3),
+        ("cudnn", cudnn, 4, 2),
+    ):
+        report[name] = {"errors": attention(mesh, kernel, rows, heads)}
+    for name, rows, vocab in (("cut", 8, 44), ("whole vocabulary", 8, 43), ("whole rows", 3, 44)):
+        keys = jax.random.split(jax.random.key(rows), 3)
+        hidden = jax.random.normal(keys[0], (rows, 3, 5, HIDDEN))
+        head = jax.random.normal(keys[1], (vocab, HIDDEN))
+        targets = jax.random.randint(keys[2], (rows, 3, 5), 0, 41)
+        expected = jax.jit(run)(hidden, head, targets)
+        with jax.set_mesh(mesh):
+            batch = NamedSharding(mesh, P(("data", "fsdp") if rows == 8 else None))
+            weight = NamedSharding(mesh, P("tensor" if vocab == 44 else None, "fsdp"))
+            place = (
+                jax.device_put(hidden, batch),
+                jax.device_put(head, weight),
+                jax.device_put(targets, batch),
+            )
+            program = jax.jit(run, out_shardings=(batch, batch, batch, weight)).lower(*place).compile()
+            actual = program(*place)
+        gathers = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", program.as_text())
+        report[name] = {
+            "errors": errors(actual, expected),
+            "gathered": sorted({int(np.prod([int(n) for n in shape.split(",")])) for shape in gathers}),
+        }
+    json.dump(report, sys.stdout)
+
+
+main()
