@@ -1,6 +1,8 @@
 """Grading speed: conversations x criteria verdicts, greedy, none stopping early. Prints one JSON line.
 
 python scripts/bench_grade.py CKPT --conversations 8 --criteria 10 --prefix-len 512 --suffix-len 48 --new 16
+
+With --verdict logits or constrained nothing is decoded: true or false is read off the end of the suffix.
 """
 
 from benchlib import Roofline, arguments, limit_threads, measure, report
@@ -13,6 +15,7 @@ def main() -> None:
     parser.add_argument("--prefix-len", type=int, default=512)
     parser.add_argument("--suffix-len", type=int, default=48)
     parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--verdict", choices=["generate", "constrained", "logits"], default="generate")
     args = parser.parse_args()
     limit_threads(args.threads)
 
@@ -21,7 +24,7 @@ def main() -> None:
     from flax import nnx
 
     from srrl_jax.models import Qwen3
-    from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+    from srrl_jax.sampling import Buckets, Sampler, SamplingConfig, score
 
     model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
     draw, vocab = np.random.default_rng(1), model.config.vocab_size
@@ -34,16 +37,21 @@ def main() -> None:
     params = nnx.state(model)
 
     def run(rep: int) -> None:
-        sampler.generate(params, prefixes, suffixes, jax.random.key(rep))
+        if args.verdict == "generate":
+            sampler.generate(params, prefixes, suffixes, jax.random.key(rep))
+        else:  # the two differ in what is done with the probabilities, on the host
+            score(sampler, params, prefixes, suffixes, [2, 3])
 
     times = measure(run, args.reps)
     roof, verdicts = Roofline(args.ckpt), args.conversations * args.criteria
     least = roof.prefill(args.conversations * args.prefix_len, args.prefix_len / 2, 0)
     context = args.prefix_len + args.suffix_len / 2
     least += roof.prefill(verdicts * args.suffix_len, context, verdicts)
-    least += roof.decode(verdicts, args.conversations, args.prefix_len, args.suffix_len, args.new - 1)
+    if args.verdict == "generate":
+        least += roof.decode(verdicts, args.conversations, args.prefix_len, args.suffix_len, args.new - 1)
     report(
         "srrl_grade",
+        verdict=args.verdict,
         verdicts_s=verdicts / times["s"],
         **times,
         roofline_fraction=least / times["s"],

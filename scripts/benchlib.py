@@ -92,6 +92,7 @@ def _best(run, reps: int = 5) -> float:
     return min(times)
 
 
-def report(bench: str, **numbers) -> None:
+def report(bench: str, **values) -> None:
     """One JSON line."""
-    print(json.dumps({"bench": bench} | {k: round(v, 4) for k, v in numbers.items()}), flush=True)
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps({"bench": bench} | rounded), flush=True)

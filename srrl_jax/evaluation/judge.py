@@ -6,7 +6,7 @@ A judge is any object with `name` and `grade(items) -> list[list[Verdict]]`.
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,9 @@ class JudgeConfig:
     template: str = "shared"
     tries: int = 3
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+    verdict: Literal["generate", "constrained", "logits"] = "generate"
+    votes: int = 1
+    together: bool = False
 
 
 class Checkpoint:
@@ -100,12 +103,26 @@ class Checkpoint:
             template = load_template(config.template)
         except ValueError as error:
             raise InputError(str(error)) from None
-        grader = Grader(None, self.tokenizer, template, tries=config.tries, thinking=config.thinking)
+        grader = Grader(
+            None,
+            self.tokenizer,
+            template,
+            verdict=config.verdict,
+            tries=config.tries,
+            thinking=config.thinking,
+            votes=config.votes,
+            together=config.together,
+        )
         prefixes, branches = zip(*map(grader.encode, items), strict=True)
         grader.sampler = self._sampler(
             map(len, prefixes),
             [len(branch) for row in branches for branch in row],
-            ladder(map(len, branches), least=4),
+            Grader.fan_out(
+                ladder((len(item.criteria) for item in items), least=4),
+                config.verdict,
+                config.votes,
+                config.together,
+            ),
             new_tokens=config.max_new_tokens,
             sampling=config.sampling,
         )

@@ -4,31 +4,21 @@ Every response is a prefix (instructions, conversation, response), every criteri
 the response is read once, whatever the number of its criteria.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
+from srrl_jax.grading.asking import GradingItem, Question, closing_ids
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.rubrics import (
-    Criterion,
-    Message,
-    criterion_prompt,
-    grader_prompt,
-    parse_explanation,
-    parse_verdict,
-)
-from srrl_jax.sampling import Sampler
+from srrl_jax.rubrics import parse_explanation, parse_verdict, parse_verdicts
+from srrl_jax.sampling import Sampler, score
 
-_HERE = "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}criterion\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}"
-
-
-class GradingItem(NamedTuple):
-    """A response as a user would see it, its conversation, and the criteria to judge it by."""
-
-    prompt: Sequence[Message]
-    response: str
-    criteria: Sequence[Criterion]
+OnWave = Callable[[int, int], None]
 
 
 class Verdict(NamedTuple):
@@ -37,107 +27,178 @@ class Verdict(NamedTuple):
     Attributes:
       met: None where no reply could be read: unscorable, which neither helps nor hurts.
       explanation: the grader's reason, or "".
-      tries: replies that were sampled.
-      tokens: sampled in all of them.
+      tries: how often it was asked.
+      tokens: sampled in all replies; one about several criteria is shared among them.
+      probability: that it is met: the model's own, where replies are not written out, else the share
+        of the votes; None where `met` is.
     """
 
     met: bool | None
     explanation: str
     tries: int
-    tokens: int
+    tokens: float
+    probability: float | None = None
 
 
-def split_chat(render: Callable[[list[Message]], str], user_text: str) -> tuple[str, str]:
-    """The chat around a single user message, cut right after `user_text`: (before, after)."""
-    text = render([{"role": "user", "content": user_text + _HERE}])
-    before, mark, after = text.rpartition(_HERE)
-    if not mark:
-        raise ValueError("the chat template drops the user's message")
-    return before, after
+class _Votes:
+    """What the replies say of one criterion: (met, explanation) of the readable ones."""
 
+    def __init__(self) -> None:
+        self.read: list[tuple[bool, str]] = []
+        self.tries, self.tokens = 0, 0.0
 
-def opened_thought(rendered: str) -> str:
-    """ "<think>" where the chat template itself opens the model's thought, else "".
-
-    Such a completion holds only the closing tag, so the opening one is put back before it is read.
-    """
-    return "<think>" if rendered.rstrip().endswith("<think>") else ""
+    def verdict(self) -> Verdict:
+        """The majority's, with its first explanation; a tie is unscorable."""
+        counts = Counter(met for met, _ in self.read)
+        if counts[True] == counts[False]:
+            return Verdict(None, "", self.tries, self.tokens)
+        met = counts[True] > counts[False]
+        explanation = next(why for vote, why in self.read if vote == met)
+        return Verdict(met, explanation, self.tries, self.tokens, counts[True] / len(self.read))
 
 
 class Grader:
     """Grades responses with the weights that it is given: the live policy's or frozen ones.
 
     Args:
-      sampler: with buckets for grader prompts (prefix), criteria (branch) and their number (fan-out).
+      sampler: with buckets for grader prompts (prefix), criteria (branch) and replies (see `fan_out`).
       tokenizer: of the same checkpoint.
       template: a grader template (see `srrl_jax.rubrics.load_template`).
-      tries: replies sampled for a criterion before it is unscorable.
+      verdict: "generate" samples a reply with an explanation and reads it. The other two force the
+        reply up to the verdict and write nothing: "constrained" draws true or false from the two, at
+        the sampler's temperature; "logits" takes the likelier.
+      tries: replies sampled for a criterion before it is unscorable ("generate").
       thinking: passed on to the chat template.
+      votes: replies (draws) for each criterion, of which the majority counts; odd.
+      together: ask for all criteria of a response in one query.
     """
 
     def __init__(
-        self, sampler: Sampler, tokenizer: Tokenizer, template: str, *, tries: int = 3, thinking: bool = False
+        self,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        verdict: Literal["generate", "constrained", "logits"] = "generate",
+        tries: int = 3,
+        thinking: bool = False,
+        votes: int = 1,
+        together: bool = False,
     ):
         self.sampler, self.tokenizer, self.template = sampler, tokenizer, template
-        self.tries, self.thinking = tries, thinking
+        self.verdict, self.tries, self.votes, self.together = verdict, tries, votes, together
+        self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
+
+    @staticmethod
+    def fan_out(criteria: Sequence[int], verdict: str, votes: int, together: bool) -> tuple[int, ...]:
+        """Branches of a response with so many criteria: those of a bucket table, from sizes of criteria."""
+        replies = votes if verdict == "generate" else 1
+        return (replies,) if together else tuple(replies * count for count in criteria)
 
     def grade(
         self,
         params: Any,
         items: Sequence[GradingItem],
         key: jax.Array,
-        on_wave: Callable[[int, int], None] = lambda done, total: None,
+        on_wave: OnWave = lambda done, total: None,
     ) -> list[list[Verdict]]:
         """One verdict for every criterion of every item.
 
-        Unreadable replies are sampled again, all together, up to `tries` times.
-
         Args:
           params: `nnx.state` of the grading model.
-          key: a typed random key; try t of item i draws from keys folded from (t, i, place
-            among the criteria still unread).
-          on_wave: told verdicts sampled and their total after each wave of a try.
+          key: a typed random key. Try t of item i draws from keys folded from (t, i, place among the
+            criteria still unread); a constrained verdict from (i, place of the criterion).
+          on_wave: told replies finished and their total after each wave.
         Raises:
           InputError: a criterion, or a number of criteria, that the bucket table does not hold.
         """
-        encoded = [self.encode(item) for item in items]
-        opening = opened_thought(self._render([{"role": "user", "content": ""}]))
-        verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
+        prefixes = [self.question.prefix(item) for item in items]
         # Text tokenized anew can be longer than what was sampled; what does not fit is unscorable.
-        room = self.sampler.buckets.prefix[-1]
-        rows = [i for i, (prefix, _) in enumerate(encoded) if len(prefix) <= room]
-        for attempt in range(self.tries):
-            unread = {i: [c for c, v in enumerate(verdicts[i]) if v.met is None] for i in rows}
-            rows = [i for i in rows if unread[i]]
-            if not rows:
-                break
-            replies = self.sampler.generate(
-                params,
-                [encoded[i][0] for i in rows],
-                [[encoded[i][1][c] for c in unread[i]] for i in rows],
-                jax.random.fold_in(key, attempt),
-                row_ids=rows,
-                on_wave=on_wave,
-            )
-            for i, row in zip(rows, replies, strict=True):
-                for c, reply in zip(unread[i], row, strict=True):
-                    text = opening + self.tokenizer.decode(reply.tokens.tolist())
-                    verdicts[i][c] = Verdict(
-                        parse_verdict(text),
-                        parse_explanation(text),
-                        attempt + 1,
-                        verdicts[i][c].tokens + len(reply.tokens),
-                    )
-        return verdicts
+        rows = [i for i, prefix in enumerate(prefixes) if len(prefix) <= self.sampler.buckets.prefix[-1]]
+        ask = self._written if self.verdict == "generate" else self._forced
+        return ask(params, items, prefixes, rows, key, on_wave)
 
     def encode(self, item: GradingItem) -> tuple[list[int], list[list[int]]]:
-        """Token ids of the shared prefix, and of each criterion with what follows it."""
-        text = grader_prompt(self.template, item.prompt, item.response)
-        before, after = split_chat(self._render, text)
-        return self.tokenizer.encode(before), [
-            self.tokenizer.encode(self.tokenizer.quote(criterion_prompt(self.template, criterion)) + after)
-            for criterion in item.criteria
-        ]
+        """Token ids of the shared prefix, and of each criterion (all of them) with what follows it."""
+        queries = self._queries(range(len(item.criteria)))
+        return self.question.prefix(item), [self._branch(item, query) for query in queries]
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return self.tokenizer.render(messages, thinking=self.thinking)
+    def _queries(self, criteria: Sequence[int]) -> list[list[int]]:
+        if self.together:
+            return [list(criteria)] if criteria else []
+        return [[c] for c in criteria]
+
+    def _branch(self, item: GradingItem, query: Sequence[int]) -> list[int]:
+        return self.question.branch([item.criteria[c] for c in query])
+
+    def _forced(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
+        """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
+        branches = [self.encode(items[i])[1] for i in rows]
+        scores = score(
+            self.sampler, params, [prefixes[i] for i in rows], branches, self.question.candidates, on_wave
+        )
+        verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
+        temperature = 0 if self.verdict == "logits" else self.sampler.sampling.temperature
+        seed = jax.random.key_data(key).tolist()
+        for i, logprobs in zip(rows, scores, strict=True):
+            for c, odds in enumerate((logprobs[:, 0] - logprobs[:, 1]).astype(float)):
+                draws = np.random.default_rng([*seed, i, c]).random(self.votes)
+                met = odds > 0 if temperature == 0 else np.median(draws) < _sigmoid(odds / temperature)
+                verdicts[i][c] = Verdict(bool(met), "", 1, 0, float(_sigmoid(odds)))
+        return verdicts
+
+    def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
+        """Samples replies; the criteria still unread are asked again, all together, up to `tries` times."""
+        votes = [[_Votes() for _ in item.criteria] for item in items]
+        for attempt in range(self.tries):
+            unread = {i: [c for c, v in enumerate(votes[i]) if v.verdict().met is None] for i in rows}
+            queries = {i: self._queries(criteria) for i, criteria in unread.items() if criteria}
+            if not queries:
+                break
+            replies = self._samplers[min(attempt, 1)].generate(
+                params,
+                [prefixes[i] for i in queries],
+                [[self._branch(items[i], query) for query in asked for _ in range(self.votes)]
+                 for i, asked in queries.items()],
+                jax.random.fold_in(key, attempt),
+                row_ids=list(queries),
+                on_wave=on_wave,
+            )  # fmt: skip
+            for (i, asked), row in zip(queries.items(), replies, strict=True):
+                for place, reply in enumerate(row):
+                    query = asked[place // self.votes]
+                    text = self.question.opening + self.tokenizer.decode(reply.tokens.tolist())
+                    for c, (met, explanation) in zip(query, self._read(text, len(query)), strict=True):
+                        votes[i][c].tries = attempt + 1
+                        votes[i][c].tokens += len(reply.tokens) / len(query)
+                        if met is not None:
+                            votes[i][c].read.append((met, explanation))
+        return [[v.verdict() for v in row] for row in votes]
+
+    @staticmethod
+    def _read(text: str, criteria: int) -> list[tuple[bool | None, str]]:
+        if criteria == 1:
+            return [(parse_verdict(text), parse_explanation(text))]
+        return parse_verdicts(text, criteria)
+
+    @cached_property
+    def _samplers(self) -> tuple[Sampler, Sampler]:
+        """Of the first try, which ends at a closing brace, and of the later ones, which do not.
+
+        The engine stops at tokens, so a brace within an explanation stops the first try too. Its reply
+        is then an object cut off in a string, which is unscorable and never a wrong verdict, and the
+        next try reads on. Without a next one, and where braces are no end (thoughts, lists of objects),
+        nothing stops early. Both have equally many stop ids, so that one program serves the two.
+        """
+        if self.tries == 1 or self.together or self.question.thinking or self.question.opening:
+            return self.sampler, self.sampler
+        first, later = copy.copy(self.sampler), copy.copy(self.sampler)
+        stops = self.sampler.stop_ids
+        closing = closing_ids(self.tokenizer)
+        first.stop_ids = (*stops, *closing)
+        later.stop_ids = (*stops, *stops[:1] * len(closing))
+        return first, later
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + np.exp(-x))

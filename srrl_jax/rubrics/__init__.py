@@ -4,21 +4,23 @@ Pure Python, standard library only; nothing here knows about models or JAX.
 """
 
 from srrl_jax.rubrics.faults import row_faults
-from srrl_jax.rubrics.prompts import criterion_prompt, grader_prompt, load_template
+from srrl_jax.rubrics.prompts import criteria_prompt, criterion_prompt, grader_prompt, load_template
 from srrl_jax.rubrics.scoring import group_rewards, score_response
 from srrl_jax.rubrics.types import Criterion, Example, Message
-from srrl_jax.rubrics.verdicts import parse_explanation, parse_verdict, visible_response
+from srrl_jax.rubrics.verdicts import parse_explanation, parse_verdict, parse_verdicts, visible_response
 
 __all__ = [
     "Criterion",
     "Example",
     "Message",
+    "criteria_prompt",
     "criterion_prompt",
     "grader_prompt",
     "group_rewards",
     "load_template",
     "parse_explanation",
     "parse_verdict",
+    "parse_verdicts",
     "row_faults",
     "score_response",
     "visible_response",

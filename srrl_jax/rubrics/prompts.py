@@ -19,6 +19,9 @@ from srrl_jax.rubrics.types import Criterion, Message
 
 TEMPLATES = ("shared", "healthbench")
 CONVERSATION, RESPONSE, CRITERION = "{conversation}", "{response}", "{criterion}"
+_TOGETHER = """\
+There are {count} numbered rubric items above. Judge each by itself, and answer with one JSON list of \
+{count} objects, in their order: [{{"item": 1, "explanation": "...", "criteria_met": true or false}}, ...]"""
 
 
 def load_template(name_or_path: str) -> str:
@@ -82,7 +85,20 @@ def criterion_prompt(template: str, criterion: Criterion) -> str:
 
     `grader_prompt(...) + criterion_prompt(...)` is the whole message.
     """
-    points = criterion.points
-    number = int(points) if float(points).is_integer() else points
     _, _, after_criterion = template.partition(CRITERION)
-    return f"[{number}] {criterion.criterion}{after_criterion}"
+    return _pointed(criterion) + after_criterion
+
+
+def criteria_prompt(template: str, criteria: Sequence[Criterion]) -> str:
+    """As `criterion_prompt` for several criteria at once, numbered from 1; asks for a list of verdicts.
+
+    `parse_verdicts` reads the answer.
+    """
+    listed = "\n".join(f"{number}. {_pointed(criterion)}" for number, criterion in enumerate(criteria, 1))
+    _, _, after_criteria = template.partition(CRITERION)
+    return f"{listed}{after_criteria}\n\n{_TOGETHER.format(count=len(criteria))}"
+
+
+def _pointed(criterion: Criterion) -> str:
+    points = criterion.points
+    return f"[{int(points) if float(points).is_integer() else points}] {criterion.criterion}"

@@ -45,7 +45,7 @@ def parse_verdict(text: str) -> bool | None:
     Never raises; time is linear in the length of the text.
     """
     decoded, rest, quote = _decode_objects(visible_response(text))
-    found = {_as_bool(value) for key, value in decoded if key == "criteria_met"} - {None}
+    found = {_as_bool(value) for pairs in decoded for key, value in pairs if key == "criteria_met"} - {None}
     found |= _loose_verdicts(rest) if quote is None else _broken_verdicts(rest, quote)
     return found.pop() if len(found) == 1 else None
 
@@ -53,9 +53,10 @@ def parse_verdict(text: str) -> bool | None:
 def parse_explanation(text: str) -> str:
     """The "explanation" string of the grader's answer, or "" where there is none."""
     decoded, rest, _ = _decode_objects(visible_response(text))
-    for key, value in decoded:
-        if key == "explanation" and isinstance(value, str):
-            return value
+    for pairs in decoded:
+        for key, value in pairs:
+            if key == "explanation" and isinstance(value, str):
+                return value
     match = _EXPLANATION.search(rest)
     try:
         return json.loads(match[1], strict=False) if match else ""
@@ -63,17 +64,47 @@ def parse_explanation(text: str) -> str:
         return match[1][1:-1]
 
 
-def _decode_objects(text: str) -> tuple[list[tuple[str, object]], str, str | None]:
-    """Every JSON object in the text: its pairs, the text without them, and the first broken one.
+def parse_verdicts(text: str, count: int) -> list[tuple[bool | None, str]]:
+    """Verdict and explanation of each of `count` criteria from one answer: a JSON list of objects.
+
+    An object is about the criterion that its "item" names, from 1; without any numbers the objects
+    stand in order and there must be one for each. Criteria without a verdict, or with two that
+    contradict each other, get (None, ""). Never raises.
+    """
+    decoded, _, _ = _decode_objects(visible_response(text))
+    judged = [pairs for pairs in decoded if any(key == "criteria_met" for key, _ in pairs)]
+    items = [_as_number(dict(pairs).get("item")) for pairs in judged]
+    if set(items) == {None} and len(items) == count:
+        items = list(range(1, count + 1))
+    answers: list[tuple[bool | None, str]] = []
+    for number in range(1, count + 1):
+        about = [pairs for pairs, item in zip(judged, items, strict=True) if item == number]
+        found = {_as_bool(value) for pairs in about for key, value in pairs if key == "criteria_met"} - {None}
+        why = next((v for pairs in about for k, v in pairs if k == "explanation" and isinstance(v, str)), "")
+        answers.append((found.pop(), why) if len(found) == 1 else (None, ""))
+    return answers
+
+
+def _as_number(value: object) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value[:9])
+    return value if type(value) is int else None
+
+
+Pairs = list[tuple[str, object]]
+
+
+def _decode_objects(text: str) -> tuple[list[Pairs], str, str | None]:
+    """Every JSON object in the text as its pairs, the text without them, and the first broken one.
 
     Pairs come from all depths and with repeated keys, so that no contradiction is lost. An object
     that starts after a broken one is dropped: a broken object that quotes another is not answered
     by what it quotes. Of the broken one, the quote before its first key ("" for none), or None
     where no object is broken.
     """
-    pairs: list[tuple[str, object]] = []
+    objects: list[Pairs] = []
     rest: list[str] = []
-    found: list[list[tuple[str, object]]] = []
+    found: list[Pairs] = []
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=found.append)
     end = broken = 0
     quote = None
@@ -90,12 +121,12 @@ def _decode_objects(text: str) -> tuple[list[tuple[str, object]], str, str | Non
             rest.append(text[end : start.start()])
             end = stop
             if not broken:
-                pairs += [pair for obj in found for pair in obj]
+                objects += found
         start = _OBJECT.search(text, stop)
     if start:
         return [], "", ""
     rest.append(text[end:])
-    return pairs, " ".join(rest), quote
+    return objects, " ".join(rest), quote
 
 
 def _as_bool(value: object) -> bool | None:

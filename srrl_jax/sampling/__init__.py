@@ -2,6 +2,7 @@
 
 from srrl_jax.sampling.buckets import Buckets
 from srrl_jax.sampling.sampler import Completion, Sampler
+from srrl_jax.sampling.score import score
 from srrl_jax.sampling.tokens import SamplingConfig
 
-__all__ = ["Buckets", "Completion", "Sampler", "SamplingConfig"]
+__all__ = ["Buckets", "Completion", "Sampler", "SamplingConfig", "score"]

@@ -62,6 +62,10 @@ class GradingConfig:
       criterion_buckets: padded lengths of a criterion with the text after it.
       criteria_buckets: padded numbers of criteria.
       rows: responses graded at one time.
+      verdict: "generate" samples a reply with an explanation; "constrained" draws true or false alone,
+        "logits" takes the likelier of the two (see `srrl_jax.grading.Grader`).
+      votes: replies or draws for each criterion, of which the majority counts.
+      together: ask for all criteria of a response in one query.
       tries: replies sampled for a criterion before it is unscorable.
       thinking: whether the chat template asks for a <think> block.
     """
@@ -72,9 +76,25 @@ class GradingConfig:
     criteria_buckets: tuple[int, ...]
     template: str = "shared"
     rows: tuple[int, ...] = (8,)
+    verdict: Literal["generate", "constrained", "logits"] = "generate"
+    votes: int = 1
+    together: bool = False
     tries: int = 3
     thinking: bool = False
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+
+    def __post_init__(self) -> None:
+        if self.votes < 1 or self.votes % 2 == 0:
+            raise InputError(f"grading.votes: must be odd, so that a majority is clear, not {self.votes}")
+        if self.verdict == "logits" and self.votes > 1:
+            raise InputError(
+                "grading.votes: verdicts from logits are all the same; set 1, or verdict: constrained"
+            )
+        if self.verdict != "generate" and (self.together or self.thinking):
+            key = "together" if self.together else "thinking"
+            raise InputError(
+                f"grading.{key}: needs a reply that is written out; set it false, or verdict: generate"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +104,8 @@ class RewardConfig:
     Attributes:
       criteria: "signed" subtracts the points of a negative criterion that is met (the paper);
         "positive" leaves negative criteria out.
+      soft: count a criterion by its probability of being met, not by its verdict; of `grading.votes` or of
+        the logits (`grading.verdict`).
       drop_unvarying: leave out criteria on which a whole group has the same verdict (DR Tulu). Advantages
         divided by the group's deviation do not change by it, others grow.
       axis_weights: factors of points by HealthBench axis ("accuracy", ...); 1 where not named.
@@ -93,6 +115,7 @@ class RewardConfig:
     """
 
     criteria: Literal["signed", "positive"] = "signed"
+    soft: bool = False
     drop_unvarying: bool = False
     axis_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     overlong: Literal["keep", "mask"] = "keep"

@@ -48,7 +48,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
       InputError: names the source, the row, the length and the key to enlarge.
     """
     r, g = config.rollout, config.grading
-    grader = Grader(None, tokenizer, _template(config), thinking=g.thinking)
+    grader = _grader(None, tokenizer, config)
     tasks = []
     for row, example in enumerate(examples):
         rendered = tokenizer.render(list(example.prompt), thinking=r.thinking)
@@ -63,7 +63,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
                 g.prefix_buckets,
             ),
             ("grading.criterion_buckets", "a criterion", max(map(len, branches)), g.criterion_buckets),
-            ("grading.criteria_buckets", "the list of criteria", len(branches), g.criteria_buckets),
+            ("grading.criteria_buckets", "the list of criteria", len(example.rubrics), g.criteria_buckets),
         ):
             if size > sizes[-1]:
                 raise InputError(
@@ -74,11 +74,22 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
     return tasks
 
 
-def _template(config: TrainConfig) -> str:
+def _grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
+    g = config.grading
     try:
-        return load_template(config.grading.template)
+        template = load_template(g.template)
     except ValueError as error:
         raise InputError(f"grading.template: {error}") from None
+    return Grader(
+        sampler,
+        tokenizer,
+        template,
+        verdict=g.verdict,
+        tries=g.tries,
+        thinking=g.thinking,
+        votes=g.votes,
+        together=g.together,
+    )
 
 
 class SelfRewarder:
@@ -100,14 +111,17 @@ class SelfRewarder:
         )
         grading_sampler = Sampler(
             model,
-            Buckets(g.prefix_buckets, g.criteria_buckets, g.criterion_buckets, g.rows),
+            Buckets(
+                g.prefix_buckets,
+                Grader.fan_out(g.criteria_buckets, g.verdict, g.votes, g.together),
+                g.criterion_buckets,
+                g.rows,
+            ),
             new_tokens=g.max_new_tokens,
             sampling=g.sampling,
             **shared,
         )
-        self.grader = Grader(
-            grading_sampler, tokenizer, _template(config), tries=g.tries, thinking=g.thinking
-        )
+        self.grader = _grader(grading_sampler, tokenizer, config)
 
     def rollout(
         self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave

@@ -88,6 +88,7 @@ def sample_rows(
                     "criterion": criterion.criterion,
                     "points": criterion.points,
                     "verdict": verdict.met,
+                    "probability": verdict.probability,
                     "explanation": verdict.explanation,
                     "tries": verdict.tries,
                 }

@@ -27,7 +27,7 @@ def training_rewards(
         [
             group_rewards(
                 task.example.rubrics,
-                [[verdict.met for verdict in g.verdicts] for g in row],
+                [[v.probability if config.soft else v.met for v in g.verdicts] for g in row],
                 positive_only=config.criteria == "positive",
                 drop_unvarying=config.drop_unvarying,
                 axis_weights=config.axis_weights,

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from srrl_jax.data import load_examples
+from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, opened_thought, split_chat
+from srrl_jax.grading.asking import SKELETON, Question
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, criterion_prompt, grader_prompt, load_template
@@ -24,6 +26,8 @@ def chatml(messages, thinking=False):
 
 class Letters:
     """A tokenizer whose tokens are characters."""
+
+    size = 128
 
     def __init__(self, render=chatml):
         self.render = render
@@ -43,6 +47,7 @@ class Call(NamedTuple):
     branches: list[list[str]]
     row_ids: list[int]
     key: jax.Array
+    stop_ids: tuple[int, ...]
 
 
 class Scripted:
@@ -51,16 +56,19 @@ class Scripted:
     def __init__(self, script: dict[str, list[str]], room: int = 1000):
         self.script = {name: iter(replies) for name, replies in script.items()}
         self.buckets = Buckets(prefix=(room,), fan_out=(8,))
+        self.stop_ids = (1, 2)
         self.calls: list[Call] = []
 
     def generate(self, params, prefixes, branches, key, row_ids=None, on_wave=lambda done, total: None):
         text = Letters().decode
         asked = [[text(branch) for branch in row] for row in branches]
-        self.calls.append(Call([text(prefix) for prefix in prefixes], asked, list(row_ids), key))
+        self.calls.append(
+            Call([text(prefix) for prefix in prefixes], asked, list(row_ids), key, self.stop_ids)
+        )
         return [[self._reply(branch) for branch in row] for row in asked]
 
     def _reply(self, branch: str) -> Completion:
-        (name,) = [name for name in self.script if f"] {name}<" in branch]
+        (name,) = [name for name in self.script if f"] {name}<" in branch or f"] {name}\n" in branch]
         tokens = np.array(Letters().encode(next(self.script[name])), np.int32)
         return Completion(tokens, np.zeros(len(tokens), np.float32), False)
 
@@ -69,9 +77,10 @@ def item(*names: str, response: str = "an answer") -> GradingItem:
     return GradingItem([{"role": "user", "content": "hi"}], response, [Criterion(n, 1.0) for n in names])
 
 
-def grade(script, items, tries=3, render=chatml, **kwargs):
-    sampler = Scripted(script, **kwargs)
-    grader = Grader(sampler, Letters(render), "Judge. {conversation} Rule: {criterion}", tries=tries)
+def grade(script, items, tries=3, render=chatml, room=1000, **options):
+    sampler = Scripted(script, room)
+    template = "Judge. {conversation} Rule: {criterion}"
+    grader = Grader(sampler, Letters(render), template, tries=tries, **options)
     return grader.grade(None, items, jax.random.key(0)), sampler.calls
 
 
@@ -125,7 +134,7 @@ def test_nothing_in_a_prompt_response_or_criterion_is_a_control_token(name, shar
 
 def test_readable_replies_are_asked_for_once():
     ((a, b),), calls = grade({"a": [YES], "b": [NO]}, [item("a", "b")])
-    assert (a.met, a.explanation, a.tries, a.tokens) == (True, "", 1, len(YES))
+    assert (a.met, a.explanation, a.tries, a.tokens, a.probability) == (True, "", 1, len(YES), 1)
     assert (b.met, b.explanation, b.tries, b.tokens) == (False, "why", 1, len(NO))
     assert len(calls) == 1
 
@@ -145,6 +154,77 @@ def test_every_try_draws_from_a_key_of_its_own():
     _, calls = grade({"a": [MUMBLE] * 3}, [item("a")])
     keys = {tuple(jax.random.key_data(call.key).tolist()) for call in calls}
     assert len(keys) == 3
+
+
+def test_only_a_first_try_stops_at_a_closing_brace():
+    """One that a brace within its explanation has cut off is read in full by the next."""
+    cut, whole = '{"explanation": "the set {x}', '{"explanation": "the set {x}", "criteria_met": false}'
+    ((a,),), calls = grade({"a": [cut, whole]}, [item("a")])
+    assert (a.met, a.explanation, a.tries) == (False, "the set {x}", 2)
+    assert calls[0].stop_ids == (1, 2, ord("}"))
+    assert calls[1].stop_ids == (1, 2, 1)  # as many, so that nothing compiles anew
+
+
+@pytest.mark.parametrize("options", [{"tries": 1}, {"thinking": True}])
+def test_where_no_try_follows_or_thoughts_hold_braces_nothing_stops_early(options):
+    _, calls = grade({"a": [YES]}, [item("a")], **options)
+    assert calls[0].stop_ids == (1, 2)
+
+
+def test_the_majority_of_the_readable_votes_counts():
+    script = {"a": [YES, NO, NO], "b": [MUMBLE, YES, MUMBLE], "c": [YES, NO, MUMBLE, NO, MUMBLE, MUMBLE]}
+    ((a, b, c),), calls = grade(script, [item("a", "b", "c")], votes=3)
+    assert (a.met, a.explanation, a.tries, a.probability) == (False, "why", 1, pytest.approx(1 / 3))
+    assert (b.met, b.probability) == (True, 1)
+    assert (c.met, c.tries, c.probability) == (False, 2, pytest.approx(1 / 3))  # a tie is asked again
+    assert [len(call.branches[0]) for call in calls] == [9, 3]
+
+
+def test_all_criteria_in_one_query():
+    first = '[{"item": 2, "criteria_met": false, "explanation": "why"}, {"item": 1, "criteria_met": true}]'
+    ((a, b, c),), calls = grade({"c": [first, YES]}, [item("a", "b", "c")], together=True)
+    assert [(v.met, v.explanation, v.tries) for v in (a, b, c)] == [
+        (True, "", 1),
+        (False, "why", 1),
+        (True, "", 2),
+    ]
+    assert a.tokens == len(first) / 3 and c.tokens == len(first) / 3 + len(YES)
+    (asked,), (again,) = calls[0].branches[0], calls[1].branches[0]
+    assert asked.startswith("1. [1] a\n2. [1] b\n3. [1] c\n") and "one JSON list of 3" in asked
+    assert again.startswith("[1] c<")  # what is left, in the ordinary form
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_forced_reply_goes_up_to_the_token_that_decides(opens):
+    def render(messages, thinking=False):
+        return chatml(messages) + ("<think>\n" if opens else "")
+
+    grader = Grader(None, Letters(render), "{conversation} {criterion}", verdict="logits")
+    assert grader.question.candidates == (ord("t"), ord("f"))
+    _, (branch,) = grader.encode(item("a"))
+    closing = "<think>\n</think>\n\n" if opens else ""
+    assert Letters().decode(branch) == "[1] a<|end|><|assistant|>" + closing + SKELETON
+
+
+def test_the_embedded_tokenizer_decides_in_one_token():
+    tokenizer = load_tokenizer(WORLD / "checkpoint")
+    question = Question(tokenizer, "{conversation} {criterion}", forced=True)
+    assert [tokenizer.decode([i]) for i in question.candidates] == [
+        '", "criteria_met": true}',
+        '", "criteria_met": false}',
+    ]
+    assert tokenizer.decode(question.branch([Criterion("a", 1)])).endswith('{"explanation": "')
+
+
+def test_a_tokenizer_that_cannot_tell_true_from_false_is_refused():
+    class Blind(Letters):
+        def encode(self, text):
+            return [0] * 4
+
+    with pytest.raises(
+        InputError, match=r"no token that tells true from false; use grading\.verdict=generate"
+    ):
+        Grader(None, Blind(), "{conversation} {criterion}", verdict="constrained")
 
 
 def test_what_stays_unreadable_is_unscorable():

@@ -42,3 +42,7 @@ def test_takes_any_object_with_points_and_returns_a_float():
 def test_refuses_a_different_number_of_verdicts(verdicts):
     with pytest.raises(ValueError, match="shorter|longer"):
         score_response(criteria(1, 2), verdicts)
+
+
+def test_probabilities_count_in_proportion():
+    assert score_response(criteria(4, 4, -2), [0.75, None, 0.5]) == pytest.approx((3 - 1) / 4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srrl_jax.rubrics import parse_explanation, parse_verdict, visible_response
+from srrl_jax.rubrics import parse_explanation, parse_verdict, parse_verdicts, visible_response
 
 FENCED = '```json\n{\n  "explanation": "It does.",\n  "criteria_met": true\n}\n```'
 
@@ -240,3 +240,47 @@ def test_round_trip_whatever_the_explanation_says(explanation, met, indent, asci
 )
 def test_explanation(text, explanation):
     assert parse_explanation(text) == explanation
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ('[{"item": 1, "criteria_met": true}, {"item": 2, "criteria_met": false}]', [True, False]),
+        ('[{"item": 2, "criteria_met": true}, {"item": "1", "criteria_met": "False"}]', [False, True]),
+        ('```json\n[{"criteria_met": true},\n{"criteria_met": false}]\n```', [True, False]),
+        (
+            '{"verdicts": [{"item": 1, "criteria_met": true}, {"item": 2, "criteria_met": true}]}',
+            [True, True],
+        ),
+        ('{"item": 1, "criteria_met": true}\n{"item": 2, "criteria_met": false}', [True, False]),
+        ('[{"item": 1, "criteria_met": true}, {"item": 2, "explanation": "cut', [True, None]),
+        ('[{"item": 2, "criteria_met": true}]', [None, True]),
+        ('[{"item": 1, "criteria_met": true}, {"item": 1, "criteria_met": false}]', [None, None]),
+        ('[{"item": 0, "criteria_met": true}, {"item": 3, "criteria_met": false}]', [None, None]),
+        ('[{"criteria_met": true}]', [None, None]),  # of which of the two?
+        ('[{"criteria_met": true}, {"criteria_met": true}, {"criteria_met": true}]', [None, None]),
+        ('[{"item": true, "criteria_met": true}, {"item": 2, "criteria_met": null}]', [None, None]),
+        ("[true, false]", [None, None]),
+        ("", [None, None]),
+        ('[{"item": 1, "criteria_met": true}, ' * 30_000, [True, None]),
+    ],
+)
+def test_a_list_of_verdicts(text, met):
+    assert [verdict for verdict, _ in parse_verdicts(text, 2)] == met
+
+
+@given(
+    answers=st.lists(st.tuples(st.text(), st.booleans()), min_size=1, max_size=5),
+    numbered=st.booleans(),
+    indent=st.sampled_from([None, 1]),
+    cut=st.one_of(st.none(), st.integers(0, 200)),
+)
+def test_a_list_is_read_back_and_its_damage_never_turns_a_verdict_round(answers, numbered, indent, cut):
+    rows = [{"item": n, "explanation": why, "criteria_met": met} for n, (why, met) in enumerate(answers, 1)]
+    if not numbered:
+        rows = [{key: row[key] for key in ("explanation", "criteria_met")} for row in rows]
+    text = json.dumps(rows, indent=indent).replace("think>", "")
+    whole = [(met, why.replace("think>", "")) for why, met in answers]
+    read = parse_verdicts(text[:cut], len(answers))
+    assert all(one == (None, "") or one == other for one, other in zip(read, whole, strict=True))
+    assert cut is not None or read == whole

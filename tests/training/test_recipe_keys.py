@@ -137,6 +137,7 @@ class Key(NamedTuple):
 HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
 FAST = ("optimizer.learning_rate=0.005", "group_size=4")  # ratios far from 1
 CUT = ("rollout.max_new_tokens=20", "rollout.completion_buckets=[20]")  # too short for some answers
+LONG = ("grading.criterion_buckets=[340]", "grading.rows=[2]")  # room for all criteria at once
 KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
 SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
 
@@ -165,6 +166,9 @@ KEYS = {
     "grading.criteria_buckets": Key("[6, 8]", shapes),
     "grading.template": Key("{template}", grades_only),
     "grading.rows": Key("[3]", shapes),
+    "grading.verdict": Key("logits", grades_only),
+    "grading.votes": Key("3", grades_only),
+    "grading.together": Key("true", grades_only, (*LONG, "steps=1")),
     "grading.tries": Key("1", grades_only, SHORT),
     "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
     "grading.sampling.temperature": Key("3.0", grades_only),
@@ -174,6 +178,7 @@ KEYS = {
     "loss.clip_low": Key("0.0001", clipping("clip_frac/low")),
     "loss.clip_high": Key("0.0001", clipping("clip_frac/high")),
     "reward.criteria": Key("positive", learning),
+    "reward.soft": Key("true", learning, ("grading.verdict=logits",)),
     "reward.drop_unvarying": Key("true", learning, ("loss.advantage=mean",)),
     "reward.axis_weights": Key("{{completeness: 0.1}}", learning),
     "reward.overlong": Key("mask", learning, CUT),

@@ -41,6 +41,16 @@ def test_rewards_by_hand(options, expected):
     np.testing.assert_allclose(rewards(**options), expected, rtol=1e-6)
 
 
+def test_soft_rewards_count_probabilities():
+    verdicts = [
+        [Verdict(True, "", 1, 0, 0.75), Verdict(False, "", 1, 0, 0.25), Verdict(False, "", 1, 0, 0.5)]
+    ]
+    group = [Completion(np.zeros(5, np.int32), np.zeros(5, np.float32), False)]
+    graded = [Graded("", "", row, None) for row in verdicts]
+    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(soft=True), longest=40)
+    np.testing.assert_allclose(row, [(6 * 0.75 + 4 * 0.25 - 5 * 0.5) / 10])
+
+
 def test_masking_takes_a_truncated_completion_out():
     alike = [(True, True, False)] * 4
     np.testing.assert_array_equal(rewards(alike), [1, 1, 1, 1])

@@ -1,0 +1,60 @@
+"""Reading the next token's probabilities without sampling it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srrl_jax.models import TreeBatch
+from srrl_jax.models.tree import last_states
+from srrl_jax.sampling.buckets import plan_waves
+from srrl_jax.sampling.sampler import Sampler, pack
+
+
+def score(
+    sampler: Sampler,
+    params: Any,
+    prefixes: Sequence[Sequence[int]],
+    branches: Sequence[Sequence[Sequence[int]]],
+    candidates: Sequence[int],
+    on_wave: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+    """Log-probabilities of `candidates` as the token that comes next after each branch.
+
+    The prefill of `Sampler.generate` and nothing more, in the same buckets.
+
+    Args:
+      sampler: whose model, buckets and mesh are used.
+      params, prefixes, branches, on_wave: as in `Sampler.generate`.
+      candidates: C token ids.
+    Returns:
+      For each row float32 [its branches, C], of the softmax over the whole vocabulary at temperature 1.
+    Raises:
+      InputError: a row that the bucket table does not hold; nothing has run by then.
+    """
+    lengths = [[len(branch) for branch in row] for row in branches]
+    waves = plan_waves([len(prefix) for prefix in prefixes], lengths, sampler.buckets)
+    results: list[np.ndarray] = [np.zeros((0, len(candidates)), np.float32)] * len(prefixes)
+    total, done = sum(map(len, branches)), 0
+    ids = jnp.asarray(candidates, jnp.int32)
+    for wave in waves:
+        tree, _, _ = pack(wave, prefixes, branches, range(len(prefixes)))
+        logprobs = jax.device_get(_last(sampler.graphdef, params, sampler._place(tree), ids))
+        for place, row in enumerate(wave.indices):
+            results[row] = logprobs[place, : len(branches[row])]
+            done += len(branches[row])
+        on_wave(done, total)
+    return results
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _last(graphdef, params, tree: TreeBatch, candidates: jax.Array) -> jax.Array:
+    """float32 [N, B, C]."""
+    model = nnx.merge(graphdef, params)
+    state, _, _ = last_states(model, tree)
+    logits = model.logits(state)
+    return logits[..., candidates] - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
