@@ -54,11 +54,11 @@ def splash(q: jax.Array, segments: list[Segment], interpret: bool = False) -> ja
     keys_real = jnp.concatenate([x.reshape(n, -1) for x in (*seen, real)], axis=1)
     k, v = _flat(segments)
 
-    mask = _tree_mask(b, t, [s.k.shape[2:4] for s in context])
+    mask = TreeMask(b, t, [s.k.shape[2:4] for s in context])
     queries, keys = mask.shape
     ids = splash_attention.SegmentIds(_pad(real.reshape(n, -1), 1, queries), _pad(keys_real, 1, keys))
     kernel = splash_attention.make_splash_mqa(
-        splash_attention.MultiHeadMask([splash_attention.NumpyMask(mask)] * (h // heads)),
+        splash_attention.MultiHeadMask([mask] * (h // heads)),
         block_sizes=_blocks(queries, keys),
         head_shards=1,
         q_seq_shards=1,
@@ -109,25 +109,33 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, pads)
 
 
-def _tree_mask(branches: int, tokens: int, context: list[tuple[int, int]]) -> np.ndarray:
-    """bool [queries, keys], both filled up to whole lanes: what a branch's tokens see, padding apart.
+class TreeMask(splash_attention.Mask):
+    """What the tokens of branches see, padding apart; computed a block at a time, for it can be huge.
 
     Args:
       branches, tokens: B and T of the queries, which are also the last keys.
       context: (B or 1, S) of each earlier segment.
     """
-    branch, step = [], []  # of each key; -1 = any branch, any step
-    for own, size in context:
-        branch.append(np.repeat(np.arange(own) if own > 1 else [-1], size))
-        step.append(np.full(own * size, -1))
-    query_branch, query_step = np.divmod(np.arange(branches * tokens), tokens)
-    branch, step = np.concatenate([*branch, query_branch]), np.concatenate([*step, query_step])
-    own_branch = (branch == -1) | (branch == query_branch[:, None])
-    seen = own_branch & (step <= query_step[:, None])
-    filled = np.zeros([-(-size // _LANES) * _LANES for size in seen.shape], bool)
-    filled[: seen.shape[0], : seen.shape[1]] = seen
-    filled[seen.shape[0] :, 0] = True  # no row may be empty
-    return filled
+
+    def __init__(self, branches: int, tokens: int, context: list[tuple[int, int]]):
+        query = np.stack(np.divmod(np.arange(branches * tokens), tokens))  # branch and step
+        key = [
+            np.stack([np.repeat(np.arange(own) if own > 1 else -1, size), np.full(own * size, -1)])
+            for own, size in context
+        ]  # -1: seen by all branches, at all steps
+        key = np.concatenate([*key, query], axis=1)
+        # Filled up to whole lanes: with queries like the last, as no row may be empty, and unseen keys.
+        self.query = np.pad(query, [(0, 0), (0, -query.shape[1] % _LANES)], mode="edge")
+        self.key = np.pad(key, [(0, 0), (0, -key.shape[1] % _LANES)], constant_values=tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.query.shape[1], self.key.shape[1]
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        branch, step = self.query[:, block[0], None]
+        key_branch, key_step = self.key[:, None, block[1]]
+        return ((key_branch == -1) | (key_branch == branch)) & (key_step <= step)
 
 
 def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:

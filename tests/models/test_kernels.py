@@ -92,8 +92,8 @@ def test_the_call_of_cudnn_equals_xla(window):
 
 def test_splash_skips_what_no_query_sees():
     """Of 4 branches, each sees its prefix and itself: 4 + 4 of 4 x 5 blocks."""
-    mask = kernels._tree_mask(4, 128, [(1, 128)])
-    blocks = mask.reshape(4, 128, 5, 128).any((1, 3))
+    mask = kernels.TreeMask(4, 128, [(1, 128)])
+    blocks = mask[:, :].reshape(4, 128, 5, 128).any((1, 3))
     assert blocks.sum() == 8
 
 
@@ -163,9 +163,7 @@ def v5e(monkeypatch):
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs without a TPU
-    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    jax.config.update("jax_enable_compilation_cache", True)
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
 def test_gradient_compiles_for_a_tpu(v5e):
