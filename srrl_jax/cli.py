@@ -72,6 +72,28 @@ def _export(
     print(f"step {export(run_dir, out, step, dtype)}: {out}")
 
 
+@app.command("replay")
+def _replay(
+    run_dir: Annotated[str, typer.Argument(help="A run directory.")],
+    step: Annotated[int, typer.Option(help="A training step of it, counted from 1.")],
+) -> None:
+    """Compute a step of a run again from its logs, and compare; exit code 1 where something differs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from srrl_jax.training.replay import replay
+
+    found, start = replay(run_dir, step)
+    table = Table(title=f"{run_dir}: step {step}, computed again from step {start}")
+    for column in ("", "logged", "replayed", ""):
+        table.add_column(column, overflow="fold")
+    for row in found:
+        table.add_row(row.name, str(row.logged), str(row.replayed), row.verdict)
+    Console().print(table, markup=False)
+    if any(row.verdict == "DIFFERS" for row in found):
+        raise typer.Exit(1)
+
+
 @data_app.command("check")
 def _check(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows: .jsonl or another source.")],

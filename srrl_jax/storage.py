@@ -59,6 +59,8 @@ def append(log: epath.PathLike, data: bytes) -> None:
     if not is_remote(log):
         with log.open("ab") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its step
     elif data:
         last = parts(log)
         number = int(last[-1].stem[-6:]) + 1 if last else 1

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from srrl_jax import cli
+from srrl_jax.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "configs/demo.yaml"
@@ -33,6 +35,7 @@ def refused(monkeypatch, capsys, tmp_path):
     def run(*overrides: str, config=DEMO) -> str:
         run_dir = [] if any(o.startswith("run_dir=") for o in overrides) else [f"run_dir={tmp_path / 'run'}"]
         monkeypatch.setattr(sys, "argv", ["srrl", "train", str(config), *run_dir, *overrides])
+        before = sorted((tmp_path / "run").rglob("*"))
         with pytest.raises(SystemExit) as exit:
             cli.main()
         captured = capsys.readouterr()
@@ -40,6 +43,7 @@ def refused(monkeypatch, capsys, tmp_path):
         assert captured.err.startswith("srrl: ") and captured.err.count("srrl: ") == 1
         assert "Traceback" not in captured.err + captured.out
         assert not compiled
+        assert sorted((tmp_path / "run").rglob("*")) == before  # nothing written
         return captured.err
 
     yield run
@@ -129,8 +133,9 @@ def test_buckets_beyond_the_positions_of_the_model(refused):
 def test_another_recipe_in_the_run_directory(refused, tmp_path):
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints" / "3").mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(DEMO.read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(TrainConfig.load(DEMO).to_dict()))
     assert "holds a run of another recipe" in refused("kl_coef=0.5")
+    assert f"steps: {run_dir} has done 3 already, more than 2" in refused("steps=2")
 
 
 def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):

@@ -4,6 +4,6 @@
 """
 
 from srrl_jax.telemetry.live import LiveTable
-from srrl_jax.telemetry.run_log import RunLog, iter_jsonl, read_jsonl
+from srrl_jax.telemetry.run_log import RunLog, iter_jsonl, read_jsonl, read_metrics
 
-__all__ = ["LiveTable", "RunLog", "iter_jsonl", "read_jsonl"]
+__all__ = ["LiveTable", "RunLog", "iter_jsonl", "read_jsonl", "read_metrics"]

@@ -33,14 +33,14 @@ COLUMNS = {
 
 
 class LiveTable:
-    """A context manager that shows progress over ``steps``, of which ``start`` are already done.
+    """A context manager that shows progress over ``steps``.
 
     On a terminal: a bar with elapsed and remaining time, the phase that is running, and a table of
     the latest metrics. Elsewhere (a pipe, a CI log): one line a step. Print through ``.console`` so
     that messages land above the table.
     """
 
-    def __init__(self, steps: int, start: int = 0, console: Console | None = None):
+    def __init__(self, steps: int, console: Console | None = None):
         self.console = console or Console()
         self._steps = steps
         self._latest: dict[str, float] = {}
@@ -57,7 +57,7 @@ class LiveTable:
             expand=True,
             speed_estimate_period=3600,  # the default, 30 s, forgets the last step of a slow run
         )
-        self._task = self._progress.add_task("train", total=steps, completed=start)
+        self._task = self._progress.add_task("train", total=steps)
         self._phase = self._note = ""
         self._live = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -71,6 +71,10 @@ class LiveTable:
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
+
+    def resume(self, done: int) -> None:
+        """Count ``done`` steps as done before this process; they say nothing of its speed."""
+        self._progress.reset(self._task, completed=done)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

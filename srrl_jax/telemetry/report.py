@@ -13,7 +13,7 @@ from markupsafe import Markup
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry.charts import Panel, Series, line_chart, stacked_chart
-from srrl_jax.telemetry.run_log import PHASES, iter_jsonl, read_jsonl
+from srrl_jax.telemetry.run_log import PHASES, iter_jsonl, read_metrics
 from srrl_jax.telemetry.text import duration, number, points
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -57,7 +57,7 @@ def write_report(
     run_dir = storage.locate(run_dir)
     if not storage.parts(run_dir / "metrics.jsonl"):
         raise InputError(f"{run_dir}: no metrics.jsonl there; give the directory of a run")
-    metrics = read_jsonl(run_dir / "metrics.jsonl")
+    metrics = read_metrics(run_dir)
     config_path = run_dir / "config.yaml"
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
     environment = Environment(

@@ -1,8 +1,9 @@
-"""The two append-only logs of a run directory: metrics.jsonl and samples.jsonl."""
+"""The append-only logs of a run directory: metrics, samples, timings and events, as JSON lines."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from etils import epath
@@ -17,6 +18,10 @@ PHASES = ("rollout", "grade", "logprob", "update", "eval", "checkpoint")
 class RunLog:
     """Writes the logs of one run, and takes them back to a checkpoint when it resumes.
 
+    What a step computed and how long it took are kept apart: two runs of one config and seed have
+    metrics.jsonl and samples.jsonl alike to the bit, however often they were killed. timings.jsonl
+    holds seconds and rates; events.jsonl tells when the run began, resumed, warned and ended.
+
     Only one process may write to a run directory (process 0 of a multi-process run).
     """
 
@@ -24,32 +29,57 @@ class RunLog:
         folder = storage.locate(run_dir)
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
+        self.timings_path = folder / "timings.jsonl"
+        self.events_path = folder / "events.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, step: int, metrics: dict, samples: Iterable[dict] = ()) -> None:
-        """Append the metrics line of ``step`` and its samples; on return the system has both.
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, object],
+        samples: Iterable[dict] = (),
+        timings: Mapping[str, float] | None = None,
+    ) -> None:
+        """Append the metrics line of ``step``, its samples and its timings; on return the disk has them.
 
-        Values may be Python, NumPy or JAX scalars; NaN and infinities are written as null. Nothing
-        is added but the step, so two runs of one config and seed differ only in the times.
+        Values may be Python, NumPy or JAX scalars; NaN and infinities are written as null.
         """
-        # Samples first: a step whose metrics line exists has all its samples.
+        # The metrics line last: a step that has one has everything.
         storage.append(self.samples_path, b"".join(_line(step, sample) for sample in samples))
+        if timings is not None:
+            storage.append(self.timings_path, _line(step, timings))
         storage.append(self.metrics_path, _line(step, metrics))
 
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Append to events.jsonl, with the time; never taken back."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        line = _line(step, {"time": time, "event": kind, "message": message})
+        storage.append(self.events_path, line)
+
     def rewind(self, step: int) -> None:
-        """Drop every line later than the checkpoint's ``step``, and a torn last line.
+        """Drop every line later than the checkpoint's ``step``, and a torn last line (events: only that).
 
         The resumed run then writes those steps again: none is there twice, none is missing. Each
         file is replaced in one move, so being killed here is harmless too.
         """
-        for path in (self.metrics_path, self.samples_path):
+        limits = dict.fromkeys((self.metrics_path, self.samples_path, self.timings_path), step)
+        for path, last in {**limits, self.events_path: math.inf}.items():
             for part in reversed(storage.parts(path)):
                 if storage.is_remote(part):  # an append, so of one step
-                    if next(iter_jsonl(part))["step"] <= step:
+                    if next(iter_jsonl(part))["step"] <= last:
                         break
                     part.unlink()
                 else:
-                    storage.replace(part, (_encode(row) for row in iter_jsonl(part) if row["step"] <= step))
+                    rows = (row for row in iter_jsonl(part) if row["step"] <= last)
+                    storage.replace(part, map(_encode, rows))
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, each with the timings of its step where there are any."""
+    folder = storage.locate(run_dir)
+    metrics, path = read_jsonl(folder / "metrics.jsonl"), folder / "timings.jsonl"
+    timings = {row["step"]: row for row in iter_jsonl(path)} if storage.parts(path) else {}
+    return [row | timings.get(row["step"], {}) for row in metrics]
 
 
 def iter_jsonl(path: str | Path) -> Iterator[dict]:
@@ -86,7 +116,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return list(iter_jsonl(path))
 
 
-def _line(step: int, row: dict) -> bytes:
+def _line(step: int, row: Mapping) -> bytes:
     rest = {key: value for key, value in row.items() if key != "step"}
     return _encode({"step": int(step)} | rest)
 

@@ -1,12 +1,21 @@
 """Checkpoints of a run: policy, optimizer, and where the run stands."""
 
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from srrl_jax import storage
+from srrl_jax.errors import InputError
 from srrl_jax.training.config import CheckpointConfig
 
 
@@ -17,43 +26,100 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class Position(NamedTuple):
+    """Where a run stands beside its arrays.
+
+    Attributes:
+      step: steps done.
+      seed: that all random keys are folded from.
+      row: place of the next step's first row in the endless sequence of epochs.
+      skipped, skipped_in_a_row: see `srrl_jax.training.guards.SkippedUpdates`.
+    """
+
+    step: int
+    seed: int
+    row: int
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
 class Checkpoints:
     """Orbax checkpoints under `run_dir/checkpoints`, written in the background.
 
-    Beside the arrays each holds `position`: the step, the seed that all random keys are folded
-    from, and the first row index of the next step.
+    The newest `keep` stay, and the best one by `config.best`. What was being written when the process
+    died is removed. With `read_only` nothing on disk is touched.
+
+    Raises:
+      InputError: from every method that writes or waits, when the disk is full or the directory
+        cannot be written; names the step and the last good checkpoint.
     """
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig):
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
-        self._manager = ocp.CheckpointManager(storage.locate(run_dir) / "checkpoints", options=options)
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs errors that it also raises
+        policies = [LatestN(config.keep)]
+        if config.best:
+            policies.append(BestN(get_metric_fn=_value, n=1, keep_checkpoints_without_metrics=False))
+        self._best, self._folder = config.best, storage.locate(run_dir) / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=_value if config.best else None,  # without it no metric is stored
+            cleanup_tmp_directories=not read_only,
+            create=False,
+            read_only=read_only,
+        )
+        with self._disk_errors():
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()  # waits for what is being written
-
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with self._disk_errors():
+                self._manager.close()  # waits for what is being written
+        except InputError:
+            if kind is None:  # else one error is on its way already, mostly this very one
+                raise
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, position: dict[str, int]) -> None:
+    def save(self, position: Position, state: TrainState, metrics: dict[str, float]) -> None:
         """Starts to write; returns when the arrays may be donated again."""
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), position=ocp.args.JsonSave(position)
+            state=ocp.args.StandardSave(state._asdict()),
+            position=ocp.args.JsonSave(position._asdict() | {"fingerprint": int(fingerprint(state))}),
         )
-        self._manager.save(step, args=args)
+        best = {"value": metrics[self._best]} if self._best in metrics else None
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if not storage.is_remote(self._folder) and shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before half of it is written
+            self._manager.save(position.step, args=args, metrics=best)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step` in the shapes and placement of `like`."""
+    def wait(self) -> None:
+        """Returns when what is being written is complete."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: TrainState) -> tuple[Position, TrainState]:
+        """Position and state of `step`, the arrays in the shapes and placement of `like`.
+
+        Raises:
+          Exception: of many kinds, by what is damaged; ValueError where the arrays read well but are
+            not those that were saved.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return TrainState(**self._manager.restore(step, args=args)["state"])
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
+        stored = self._manager.restore(step, args=args)
+        state, position = TrainState(**stored["state"]), stored["position"]
+        if position.pop("fingerprint") != int(fingerprint(state)):
+            raise ValueError("the arrays are not those that were saved")
+        return Position(**position), state
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The policy's weights alone, in the shapes and placement of `like`."""
@@ -62,7 +128,86 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
 
-    def position(self, step: int) -> dict[str, int]:
-        """Where the run stood at `step`."""
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["position"]
+    def restore_latest(self, like: TrainState) -> tuple[Position, TrainState, list[str]] | None:
+        """The newest checkpoint that can be read, or None where there is none at all.
+
+        Newer ones that cannot be read are set aside, as `damaged-STEP`; the messages name them.
+
+        Raises:
+          InputError: there are checkpoints, but none can be read. They stay in place.
+        """
+        damaged: dict[int, Exception] = {}
+        for step in reversed(self.steps()):
+            try:
+                position, state = self.restore(step, like)
+            except Exception as error:  # damage shows in whatever way the readers fail
+                damaged[step] = error
+                continue
+            messages = []
+            for bad, error in damaged.items():
+                aside = self._folder / f"damaged-{bad}"
+                while aside.exists():
+                    aside = aside.with_name(aside.name + "x")
+                (self._folder / str(bad)).rename(aside)
+                messages.append(
+                    f"the checkpoint of step {bad} cannot be read ({_first_line(error)}); set aside as "
+                    f"{aside}, going on from step {step}"
+                )
+            if damaged:
+                self._manager.reload()
+            return position, state, messages
+        if damaged:
+            step, error = next(iter(damaged.items()))
+            raise InputError(
+                f"{self._folder}: no checkpoint can be read; of the newest, step {step}: "
+                f"{_first_line(error)}. Is `model` still the checkpoint that the run began with? "
+                "Else give another run_dir"
+            ) from error
+        return None
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # TensorStore raises ValueError, with the system's error number in the text.
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+            good = [int(name) for name in names if name.isdigit()]
+            last = f"the last good checkpoint is that of step {max(good)}" if good else "there is none yet"
+            raise InputError(
+                f"{self._folder}: cannot write a checkpoint ({_first_line(error)}); {last}. "
+                "Make room or mend the directory, then run the same command to go on"
+            ) from error
+
+
+@jax.jit
+def fingerprint(state: Any) -> jax.Array:
+    """A checksum uint32 [] of all arrays of a tree, for any change of a bit; exact on every mesh.
+
+    Files may lose bits without an error: neither TensorStore's driver nor zstd keeps a checksum of
+    what an array held.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place = jnp.uint32(0)  # of an element in the flattened array, which is never made: it may be cut
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)  # odd weights: a flipped bit cannot vanish
+
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(state):
+        total = total * jnp.uint32(1_000_003) + one(leaf)
+    return total
+
+
+def _value(metrics: dict[str, float]) -> float:
+    return metrics["value"]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -159,6 +159,7 @@ class OptimizerConfig:
       microbatch: prompts (with their whole groups) of one forward and backward pass.
       remat: what the backward pass computes again instead of keeping it: "none"; "full", all of each layer;
         "dots", all but products with weights.
+      max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
     """
 
     learning_rate: float = 1e-6
@@ -170,14 +171,23 @@ class OptimizerConfig:
     minibatches: int = 1
     microbatch: int = 1
     remat: Literal["none", "full", "dots"] = "full"
+    max_skipped: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every so many steps, and after the last; the newest `keep` stay."""
+    """A checkpoint every so many steps, and after the last; the newest `keep` stay.
+
+    Attributes:
+      best: the checkpoint with the highest value of this metric stays too, of those at whose step it
+        was measured.
+      preemption_seconds: SIGTERM ends the run within this time, see `srrl_jax.training.preemption`.
+    """
 
     every: int = 10
     keep: int = 2
+    best: Literal["eval/self", "reward/mean"] | None = None
+    preemption_seconds: float = 25.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +234,7 @@ class TrainConfig:
             "grading.tries": g.tries,
             "optimizer.minibatches": o.minibatches,
             "optimizer.microbatch": o.microbatch,
+            "optimizer.max_skipped": o.max_skipped,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
             "eval.every": self.eval.every,
@@ -289,8 +300,15 @@ class TrainConfig:
         for axis, weight in self.reward.axis_weights.items():
             if not weight >= 0:
                 raise InputError(f"reward.axis_weights.{axis}: must not be negative, not {weight}")
-        if not o.grad_clip > 0:
-            raise InputError(f"optimizer.grad_clip: must be above 0, not {o.grad_clip}")
+        above_0 = {
+            "optimizer.grad_clip": o.grad_clip,
+            "checkpoint.preemption_seconds": self.checkpoint.preemption_seconds,
+        }
+        for key, value in above_0.items():
+            if not value > 0:
+                raise InputError(f"{key}: must be above 0, not {value}")
+        if self.checkpoint.best == "eval/self" and self.data.eval is None:
+            raise InputError("checkpoint.best: eval/self is measured on data.eval, which is not given")
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
@@ -324,7 +342,8 @@ class TrainConfig:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ")
+            # A config's own check names its key itself.
+            message = first["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
             got = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
             raise InputError(f"{where}: {key + ': ' if key else ''}{message}{got}") from None
 
@@ -377,3 +396,5 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -
             raise InputError(f"{where}: unknown key {path + str(key)!r}; {hint}")
         if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
             _check_keys(fields[key], value, where, f"{path}{key}.")
+        elif isinstance(value, bool) and fields[key] is not bool:  # pydantic would read 1 or 0
+            raise InputError(f"{where}: {path}{key}: not a switch, so it cannot be {str(value).lower()}")

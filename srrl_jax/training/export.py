@@ -36,7 +36,7 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is not an empty directory; give another")
     config = TrainConfig.load(recipe)
-    with Checkpoints(run_dir, config.checkpoint) as checkpoints:
+    with Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise InputError(f"{run_dir}: the run has no checkpoint yet")

@@ -1,44 +1,34 @@
 """What a step writes down: its metrics and its samples."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 
 from srrl_jax.sampling import Completion
 from srrl_jax.training.experience import Graded, Task
 
 
-def completion_metrics(
-    tasks: Sequence[Task],
-    groups: Sequence[Sequence[Completion]],
-    graded: Sequence[Sequence[Graded]],
-    rewards: np.ndarray,
-) -> dict[str, float]:
-    """Means over a step's completions and verdicts, by the names of the README's table.
+def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, float]:
+    """Means over a step's completions and verdicts, from the rows that `sample_rows` makes.
 
     Args:
       rewards: [N, G], NaN where there is none.
     """
-    flat = [completion for group in groups for completion in group]
-    judged = [
-        (criterion, verdict)
-        for task, group in zip(tasks, graded, strict=True)
-        for g in group
-        for criterion, verdict in zip(task.example.rubrics, g.verdicts, strict=True)
-    ]
-    scored = [(criterion.points, verdict.met) for criterion, verdict in judged if verdict.met is not None]
-    negative = [met for points, met in scored if points < 0]
+    judged = [criterion for row in rows for criterion in row["criteria"]]
+    scored = [criterion for criterion in judged if criterion["verdict"] is not None]
     known = [row[~np.isnan(row)] for row in rewards]
     return {
         "reward/mean": _mean(rewards[~np.isnan(rewards)]),
         "reward/std": _mean([row.std(ddof=1) for row in known if len(row) > 1]),
         "reward/zero_std_groups": _mean([len(row) < 2 or np.ptp(row) == 0 for row in known]),
-        "completions/mean_length": _mean([len(c.tokens) for c in flat]),
-        "completions/truncated": _mean([c.truncated for c in flat]),
+        "completions/mean_length": _mean([row["tokens"] for row in rows]),
+        "completions/truncated": _mean([row["truncated"] for row in rows]),
         "grader/unscorable": 1 - len(scored) / len(judged),
-        "grader/met_rate": _mean([met for _, met in scored]),
-        "grader/met_rate_negative": _mean(negative),
-        "grader/tokens_per_verdict": _mean([verdict.tokens for _, verdict in judged]),
+        "grader/met_rate": _mean([criterion["verdict"] for criterion in scored]),
+        "grader/met_rate_negative": _mean([c["verdict"] for c in scored if c["points"] < 0]),
+        "grader/tokens_per_verdict": _mean([criterion["tokens"] for criterion in judged]),
     }
 
 
@@ -46,9 +36,13 @@ def update_metrics(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]
     """Means over a step's updates.
 
     `logprob_diff/max` is the first's: there the trainer still holds the weights that sampled.
+    `guard/skipped_updates` is their number.
     """
     means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-    return means | {"logprob_diff/max": float(updates[0]["logprob_diff/max"])}
+    return means | {
+        "logprob_diff/max": float(updates[0]["logprob_diff/max"]),
+        "guard/skipped_updates": int(sum(update["guard/skipped_updates"] for update in updates)),
+    }
 
 
 def rates(
@@ -91,6 +85,7 @@ def sample_rows(
                     "probability": verdict.probability,
                     "explanation": verdict.explanation,
                     "tries": verdict.tries,
+                    "tokens": verdict.tokens,
                 }
                 for criterion, verdict in zip(task.example.rubrics, g.verdicts, strict=True)
             ],
@@ -98,6 +93,42 @@ def sample_rows(
         for i, task in enumerate(tasks)
         for j, g in enumerate(graded[i])
     ]
+
+
+def tokens_path(run_dir: epath.Path, step: int) -> epath.Path:
+    """Where the tokens of a step's completions are kept."""
+    return run_dir / "tokens" / f"step_{step:06d}.npz"
+
+
+def write_tokens(path: epath.Path, groups: Sequence[Sequence[Completion]]) -> None:
+    """A step's completions as the sampler gave them, in about 6 bytes a token.
+
+    Fields: `lengths` int32 [N, G]; `tokens` int32 and `logprobs` float32, all completions in a row.
+    """
+    flat = [completion for group in groups for completion in group]
+    write_npz(
+        path,
+        lengths=np.array([[len(c.tokens) for c in group] for group in groups], np.int32),
+        tokens=np.concatenate([c.tokens for c in flat]),
+        logprobs=np.concatenate([c.logprobs for c in flat]),
+    )
+
+
+def read_tokens(path: epath.Path, truncated: Sequence[bool]) -> list[list[Completion]]:
+    """What `write_tokens` wrote; `truncated` for each completion in order, from the samples."""
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+        lengths, tokens, logprobs = file["lengths"], file["tokens"], file["logprobs"]
+    ends = np.cumsum(lengths)[:-1]
+    flat = map(Completion, np.split(tokens, ends), np.split(logprobs, ends), truncated)
+    return [[next(flat) for _ in row] for row in lengths]
+
+
+def write_npz(path: epath.Path, **arrays: np.ndarray) -> None:
+    """Compressed arrays in a file, whose folder is made."""
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    path.write_bytes(buffer.getvalue())
 
 
 def _mean(values) -> float:

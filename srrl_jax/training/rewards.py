@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from srrl_jax.losses import overlong_penalty
+from srrl_jax.losses import group_advantages, overlong_penalty
 from srrl_jax.rubrics import group_rewards
 from srrl_jax.sampling import Completion
-from srrl_jax.training.config import RewardConfig
+from srrl_jax.training.config import LossConfig, RewardConfig
 from srrl_jax.training.experience import Graded, Task
 
 
@@ -48,3 +48,14 @@ def without_variance(rewards: np.ndarray) -> np.ndarray:
     known = ~np.isnan(rewards)
     top, bottom = (np.where(known, rewards, end) for end in (-np.inf, np.inf))
     return (known.sum(-1) < 2) | (top.max(-1) == bottom.min(-1))
+
+
+def relative_rewards(
+    rewards: np.ndarray, loss: LossConfig, config: RewardConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages float32 [N, G] of rewards within their groups, and bool [N, G]: whose tokens count."""
+    scored = ~np.isnan(rewards)
+    advantages = np.asarray(group_advantages(rewards, scored, loss.advantage))
+    if config.zero_variance == "drop":
+        scored &= ~without_variance(rewards)[:, None]
+    return advantages, scored

@@ -1,5 +1,8 @@
 """What a run needs before anything expensive starts: its directory and its rows."""
 
+import os
+from collections.abc import Iterator
+
 import yaml
 
 from srrl_jax import storage
@@ -9,36 +12,52 @@ from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
 
-# Keys that may differ when a run resumes: they do not change what any step computes.
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint")
+# Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
+# rounding), but how long the run is, what is kept, and how often it is measured.
+_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh")
 
 
-def open_run(config: TrainConfig) -> None:
-    """Makes the run directory with the resolved config; an existing run must be of the same recipe.
+def check_run(config: TrainConfig) -> list[str]:
+    """Compares the recipe with that of the run in its directory, if there is one; writes nothing.
 
+    Returns:
+      The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
       InputError: the directory cannot be written, or it holds a run of another recipe (the message
-        shows the keys that differ).
+        shows the keys that differ) or one that is longer.
     """
     run_dir = storage.locate(config.run_dir)
+    if not storage.is_remote(run_dir):
+        existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise InputError(f"run_dir: cannot write {run_dir}: {existing} is not a writable directory")
     path = run_dir / "config.yaml"
-    new = config.to_dict()
-    checkpoints = run_dir / "checkpoints"
-    if path.exists() and checkpoints.is_dir() and any(step.name.isdigit() for step in checkpoints.iterdir()):
-        old = yaml.safe_load(path.read_text())
-        differences = [
-            f"{key} was {before!r}, now {after!r}"
-            for key, before, after in _differences(old, new)
-            if key.split(".")[0] not in _MAY_CHANGE
-        ]
-        if differences:
-            raise InputError(
-                f"{run_dir} holds a run of another recipe: {'; '.join(differences)}. "
-                "Resume with the same values, or give another run_dir"
-            )
+    folder = run_dir / "checkpoints"
+    done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
+    if not (path.exists() and done):
+        return []
+    differences = list(_differences(yaml.safe_load(path.read_text()), config.to_dict()))
+    refused = [text for key, text in differences if key.split(".")[0] not in _MAY_CHANGE]
+    if refused:
+        raise InputError(
+            f"{run_dir} holds a run of another recipe: {'; '.join(refused)}. "
+            "Resume with the same values, or give another run_dir"
+        )
+    if config.steps < max(done):
+        raise InputError(f"steps: {run_dir} has done {max(done)} already, more than {config.steps}")
+    return [text for key, text in differences if key != "run_dir"]
+
+
+def write_config(config: TrainConfig) -> None:
+    """Makes the run directory with the resolved config; a kill leaves the old one or the new one.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    path = storage.locate(config.run_dir) / "config.yaml"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        storage.replace(path, [yaml.safe_dump(new, sort_keys=False).encode()])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.replace(path, [yaml.safe_dump(config.to_dict(), sort_keys=False).encode()])
     except OSError as error:
         raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from None
 
@@ -57,10 +76,11 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
     return tasks, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
 
 
-def _differences(old: dict, new: dict, path: str = ""):
-    for key in old.keys() | new.keys():
+def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, str]]:
+    """(key, what it was and is) of everything that differs, in the order of the recipe."""
+    for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{path}{key}.")
         elif before != after:
-            yield path + key, before, after
+            yield path + key, f"{path}{key} was {before!r}, now {after!r}"

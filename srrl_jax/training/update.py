@@ -51,7 +51,8 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
     """The update as one jitted function (params, opt_state, batch) -> (params, opt_state, metrics).
 
     `batch` is an UpdateBatch with a leading axis of microbatches; parameters and optimizer state are
-    donated. Metrics are float32 scalars.
+    donated. Metrics are float32 scalars. Where the loss or the gradient is not finite nothing is
+    changed, and `guard/skipped_updates` is 1.
     """
     c, temperature = config.loss, config.rollout.sampling.temperature
 
@@ -94,8 +95,13 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         (_, (means, _)), grads = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], microbatches))
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, means)), jnp.float32(0)
         ((grads, means), gap), _ = jax.lax.scan(accumulate, start, microbatches)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics = {**means, "logprob_diff/max": gap, "grad_norm": optax.tree.norm(grads)}
-        return optax.apply_updates(params, updates), opt_state, metrics
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_opt_state
+        params, opt_state = jax.tree.map(partial(jnp.where, finite), new, (params, opt_state))
+        skipped = 1.0 - finite.astype(jnp.float32)
+        metrics = {**means, "logprob_diff/max": gap, "grad_norm": grad_norm, "guard/skipped_updates": skipped}
+        return params, opt_state, metrics
 
     return update

@@ -38,7 +38,8 @@ def test_a_line_says_only_what_its_step_measured():
 
 def test_table_on_a_terminal_shows_phase_progress_and_latest_values():
     console, out = shown(terminal=True)
-    with LiveTable(steps=60, start=10, console=console) as live:
+    with LiveTable(steps=60, console=console) as live:
+        live.resume(10)
         live.update(11, {"reward/mean": 0.31, "eval/self": 0.42, "time/grade": 5.2})
         live.update(12, {"reward/mean": 0.33})
         with live.phase("checkpoint"):

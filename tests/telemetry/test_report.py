@@ -11,11 +11,19 @@ from srrl_jax.telemetry import RunLog
 from srrl_jax.telemetry.report import MAX_FOLDED, write_report
 
 METRICS = {
-    "reward/mean": 0.4, "kl": 0.01, "entropy": 1.2, "clip_frac/low": 0.001, "clip_frac/high": 0.002,
-    "grad_norm": 0.7, "completions/mean_length": 40.0, "completions/truncated": 0.1,
-    "grader/unscorable": 0.02, "grader/met_rate": 0.6, "grader/met_rate_negative": 0.3,
-    "time/rollout": 2.0, "time/grade": 3.0, "time/update": 1.0,
-}  # fmt: skip
+    "reward/mean": 0.4,
+    "kl": 0.01,
+    "entropy": 1.2,
+    "clip_frac/low": 0.001,
+    "clip_frac/high": 0.002,
+    "grad_norm": 0.7,
+    "completions/mean_length": 40.0,
+    "completions/truncated": 0.1,
+    "grader/unscorable": 0.02,
+    "grader/met_rate": 0.6,
+    "grader/met_rate_negative": 0.3,
+}
+TIMES = {"time/rollout": 2.0, "time/grade": 3.0, "time/update": 1.0}  # fmt: skip
 CHARTS = ["Reward", "Distance and diversity", "Completions", "Grader", "Updates", "Time"]
 VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
 
@@ -72,7 +80,7 @@ def run_dir(tmp_path):
     for step in range(1, 51):
         extra = {"eval/self": 0.3 + step / 100} if step % 10 == 0 else {}
         log.write(step, METRICS | extra, [sample(step, 0.2, f"low {step}"),
-                                          sample(step, 0.9, f"high {step}")])  # fmt: skip
+                                          sample(step, 0.9, f"high {step}")], TIMES)  # fmt: skip
     (tmp_path / "config.yaml").write_text("model: tiny\nseed: 3\nsteps: 50\ndata: {train: 'easy.jsonl'}\n")
     return tmp_path
 
@@ -137,12 +145,14 @@ def test_completions_are_text_not_markup(tmp_path):
 @pytest.mark.parametrize("missing, left", [
     (["kl", "entropy"], [c for c in CHARTS if c != "Distance and diversity"]),
     (["kl"], CHARTS),
-    ([key for key in METRICS if key.startswith("time/")], CHARTS[:-1]),
-    (list(METRICS), []),
+    (list(TIMES), CHARTS[:-1]),
+    ([*METRICS, *TIMES], []),
 ])  # fmt: skip
 def test_charts_without_metrics_are_left_out(tmp_path, missing, left):
-    metrics = {key: None if key in missing else value for key, value in METRICS.items()}
-    RunLog(tmp_path).write(1, metrics)
+    metrics, times = (
+        {key: None if key in missing else value for key, value in given.items()} for given in (METRICS, TIMES)
+    )
+    RunLog(tmp_path).write(1, metrics, timings=times)
     assert Page(write_report(tmp_path)).headings == left
 
 

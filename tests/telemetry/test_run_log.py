@@ -9,7 +9,7 @@ import pytest
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
-from srrl_jax.telemetry import RunLog, read_jsonl
+from srrl_jax.telemetry import RunLog, read_jsonl, read_metrics
 
 
 def steps(path):
@@ -19,7 +19,9 @@ def steps(path):
 def filled(run_dir, last):
     log = RunLog(run_dir)
     for step in range(1, last + 1):
-        log.write(step, {"kl": step / 3}, [{"sample": i, "completion": "né"} for i in range(2)])
+        log.write(
+            step, {"kl": step / 3}, [{"sample": i, "completion": "né"} for i in range(2)], {"time/x": step}
+        )
     return log
 
 
@@ -36,6 +38,7 @@ def test_resumed_run_leaves_the_same_files_as_an_unbroken_one(tmp_path):
         resumed.write(step, {"kl": step / 3}, [{"sample": i, "completion": "né"} for i in range(2)])
     assert resumed.metrics_path.read_bytes() == whole.metrics_path.read_bytes()
     assert resumed.samples_path.read_bytes() == whole.samples_path.read_bytes()
+    assert steps(resumed.timings_path) == [1, 2]  # the test writes no more of them
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
@@ -114,3 +117,26 @@ def test_a_log_in_a_bucket_is_taken_back_and_goes_on_the_same(bucket):
         assert [part.name for part in storage.parts(one)] == [part.name for part in storage.parts(other)]
     resumed.rewind(-1)
     assert storage.parts(resumed.metrics_path) == storage.parts(resumed.samples_path) == []
+
+
+def test_metrics_are_read_with_the_timings_of_their_step(tmp_path):
+    log = filled(tmp_path, 2)
+    log.write(3, {"kl": 1.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "kl": 1 / 3, "time/x": 1},
+        {"step": 2, "kl": 2 / 3, "time/x": 2},
+        {"step": 3, "kl": 1.0},
+    ]
+    log.timings_path.unlink()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_events_stay_when_the_rest_is_taken_back_and_lose_a_torn_line(tmp_path):
+    log = filled(tmp_path, 3)
+    log.event(3, "warning", "it ends")
+    with log.events_path.open("ab") as file:
+        file.write(b'{"step": 3, "ev')
+    log.rewind(1)
+    log.event(1, "resume", "again")
+    events = [(row["step"], row["event"], row["message"]) for row in read_jsonl(log.events_path)]
+    assert events == [(3, "warning", "it ends"), (1, "resume", "again")]

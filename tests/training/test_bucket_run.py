@@ -56,4 +56,6 @@ def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "report.html",
         "metrics-000001.jsonl", "metrics-000002.jsonl", "samples-000001.jsonl", "samples-000002.jsonl",
+        "timings-000001.jsonl", "timings-000002.jsonl", "events-000001.jsonl", "events-000002.jsonl",
+        "tokens",
     }  # fmt: skip

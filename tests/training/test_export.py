@@ -11,9 +11,9 @@ from srrl_jax import cli
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.training.checkpoint import Checkpoints, TrainState
+from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.export import export, exported
-from srrl_jax.training.run import open_run
+from srrl_jax.training.run import write_config
 from srrl_jax.training.update import make_optimizer
 
 
@@ -22,13 +22,12 @@ def run(recipe, tmp_path_factory):
     """A run directory with checkpoints of steps 2 and 4, and the weights of each."""
     run_dir = tmp_path_factory.mktemp("run")
     config = recipe(run_dir, "checkpoint.keep=5")
-    open_run(config)
+    write_config(config)
     start, optimizer = nnx.state(Qwen3.from_pretrained(config.model)), make_optimizer(config.optimizer)
     params = {step: jax.tree.map(lambda x, step=step: x * (1 + step / 10), start) for step in (2, 4)}
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:
         for step, weights in params.items():
-            position = {"step": step, "seed": 0, "row": step}
-            checkpoints.save(step, TrainState(weights, optimizer.init(weights)), position)
+            checkpoints.save(Position(step, 0, step), TrainState(weights, optimizer.init(weights)), {})
     return run_dir, params
 
 
@@ -67,7 +66,7 @@ def test_what_is_refused(run, tmp_path, recipe):
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match=f"{taken}: exists and is not an empty directory"):
             export(run_dir, taken)
-    open_run(recipe(tmp_path / "young"))
+    write_config(recipe(tmp_path / "young"))
     with pytest.raises(InputError, match="no checkpoint yet"):
         export(tmp_path / "young", tmp_path / "out")
     assert not (tmp_path / "out").exists()

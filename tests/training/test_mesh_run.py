@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+from srrl_jax.telemetry import read_jsonl
+
 pytestmark = pytest.mark.slow
 
 CHILD = """
@@ -17,10 +19,9 @@ from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, train
 jax.config.update("jax_disable_most_optimizations", True)
-assert len(jax.devices()) == 4
 seen = []
 for overrides in json.loads(sys.argv[2]):
-    run_dir = tempfile.mkdtemp(dir=sys.argv[3])
+    run_dir = sys.argv[3] if sys.argv[4] == "resume" else tempfile.mkdtemp(dir=sys.argv[3])
     try:
         train(TrainConfig.load(sys.argv[1], [*overrides, f"run_dir={run_dir}"]))
         seen.append([read_jsonl(f"{run_dir}/metrics.jsonl"), read_jsonl(f"{run_dir}/samples.jsonl")])
@@ -30,12 +31,14 @@ print("RESULT" + json.dumps(seen))
 """
 
 
-def on_four_devices(config, runs: list[list[str]], folder):
+def on_devices(count: int, config, runs: list[list[str]], folder, where: str = "anew"):
+    """What each run logs, or why it was refused; in a directory of its own, or in `folder` itself."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
     result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), json.dumps(runs), str(folder)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", CHILD, str(path), json.dumps(runs), str(folder), where],
+        env=os.environ
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
@@ -49,7 +52,7 @@ def test_every_mesh_gives_the_same_first_step(recipe, tmp_path):
     )
     meshes = [(4, 1, 1), (1, 4, 1), (2, 1, 2)]
     runs = [[f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}"] for d, f, t in meshes]
-    *results, refused = on_four_devices(config, [*runs, [*runs[0], "optimizer.microbatch=2"]], tmp_path)
+    *results, refused = on_devices(4, config, [*runs, [*runs[0], "optimizer.microbatch=2"]], tmp_path)
     assert "optimizer.microbatch must be a multiple of mesh data x fsdp x expert = 4" in refused
     (first,), samples = results[0]
     assert first["grad_norm"] > 0
@@ -59,3 +62,31 @@ def test_every_mesh_gives_the_same_first_step(recipe, tmp_path):
         for name in ("loss", "kl", "entropy", "grad_norm"):
             assert metrics[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5)
         assert metrics["logprob_diff/max"] < 1e-4
+
+
+def test_a_run_of_eight_devices_goes_on_with_four(recipe, tmp_path):
+    config = recipe(
+        tmp_path,
+        "prompts_per_step=8",
+        "optimizer.microbatch=8",
+        "optimizer.warmup_steps=0",
+        "rollout.rows=[8]",
+        "grading.rows=[8]",
+        "checkpoint.every=1",
+        "kl_coef=0.1",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    ((metrics, samples),) = on_devices(8, config, [["steps=2"]], whole, "resume")
+    on_devices(8, config, [["steps=1"]], cut, "resume")
+    ((resumed, resumed_samples),) = on_devices(
+        4, config, [["steps=2", "mesh.fsdp=2", "mesh.data=2"]], cut, "resume"
+    )
+    assert [row["step"] for row in resumed] == [1, 2] and resumed[0] == metrics[0]
+    assert [s["completion"] for s in resumed_samples] == [s["completion"] for s in samples]
+    assert [s["reward"] for s in resumed_samples] == [s["reward"] for s in samples]
+    for name in ("loss", "kl", "entropy", "grad_norm"):
+        assert resumed[1][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-5)
+    (event,) = [row for row in read_jsonl(cut / "events.jsonl") if row["event"] == "resume"]
+    assert "mesh.fsdp was -1, now 2" in event["message"]

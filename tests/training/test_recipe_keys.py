@@ -13,7 +13,7 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.sampling import Sampler
-from srrl_jax.training import TrainConfig, loop, train
+from srrl_jax.training import TrainConfig, learner, train
 from srrl_jax.training.update import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -98,6 +98,14 @@ def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
         return other.checkpoints == list(steps) != one.checkpoints
 
     return check
+
+
+def best_kept(one: Seen, other: Seen) -> bool:
+    """The checkpoint with the highest reward and the newest, which without the key is alone."""
+    rewards = [row["reward/mean"] for row in other.metrics]
+    best = 1 + int(np.argmax(rewards))
+    assert one.checkpoints == [4] and best < 4, rewards
+    return other.checkpoints == [best, 4]
 
 
 def eval_lines(steps: list[int], rows: int) -> Callable[[Seen, Seen], bool]:
@@ -196,6 +204,7 @@ KEYS = {
     "optimizer.microbatch": Key("2", update_shapes, ("optimizer.minibatches=1",)),
     "checkpoint.every": Key("1", kept(1, 2)),
     "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
+    "checkpoint.best": Key("reward/mean", best_kept, ("checkpoint.every=1", "checkpoint.keep=1", "steps=4")),
     "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
     "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
     "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
@@ -210,7 +219,8 @@ OPTIMIZER = {
     "optimizer.grad_clip": "10",
 }
 
-# Keys with a test of their own below; remat's is in test_update.py.
+# Keys with a test of their own below; remat's is in test_update.py, max_skipped's in
+# test_guards.py, that of preemption_seconds in test_preemption.py.
 ELSEWHERE = {
     "run_dir",
     "rollout.sampling.top_k",
@@ -218,6 +228,8 @@ ELSEWHERE = {
     "rollout.sampling.min_p",
     "optimizer.remat",
     "attention",
+    "optimizer.max_skipped",
+    "checkpoint.preemption_seconds",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -269,7 +281,7 @@ def run(recipe, logs, places, tmp_path_factory):
             return done[overrides]
         run_dir = tmp_path_factory.mktemp("run")
         waves, batches = set(), []
-        sample, split = Sampler._run, loop.split_batch
+        sample, split = Sampler._run, learner.split_batch
 
         def spy_sample(self, params, wave, *rest):
             waves.add((wave.rows, wave.prefix, wave.fan_out, wave.branch))
@@ -281,7 +293,7 @@ def run(recipe, logs, places, tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sampler, "_run", spy_sample)
-            patch.setattr(loop, "split_batch", spy_split)
+            patch.setattr(learner, "split_batch", spy_split)
             state = train(recipe(run_dir, *BASE, *overrides))
         steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]

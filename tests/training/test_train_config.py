@@ -202,7 +202,7 @@ def test_a_value_out_of_range_names_its_key(override):
     key = override.partition("=")[0]
     message = refused(override)
     if key.startswith("mesh"):
-        assert "mesh: sizes must be positive" in message
+        assert "yaml: mesh: sizes must be positive" in message  # the room once
     else:
         *room, name = key.split(".")
         assert re.search(rf"\b{name}\b", message) and ".".join(room) in message
@@ -210,3 +210,18 @@ def test_a_value_out_of_range_names_its_key(override):
 
 def test_group_sizes_from_two_on_are_accepted():
     assert TrainConfig.load(DEMO, ["group_size=2"]).group_size == 2
+
+
+@pytest.mark.parametrize("override", ["steps=true", "kl_coef=false", "checkpoint.every=yes", "model=true"])
+def test_a_switch_is_not_a_number(override):
+    key, _, value = override.partition("=")
+    meant = "false" if value == "false" else "true"
+    assert f"{key}: not a switch, so it cannot be {meant}" in refused(override)
+    assert TrainConfig.load(DEMO, ["rollout.thinking=true"]).rollout.thinking is True
+
+
+def test_the_best_checkpoint_needs_its_metric():
+    assert "checkpoint.best: eval/self is measured on data.eval" in refused(
+        "checkpoint.best=eval/self", "data.eval=null"
+    )
+    assert "checkpoint.best" in refused("checkpoint.best=kl")

@@ -1,0 +1,117 @@
+"""What learns: the policy's weights, their frozen start, and the update."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srrl_jax.errors import InputError
+from srrl_jax.models import Qwen3
+from srrl_jax.models.attention import check_kernel
+from srrl_jax.models.weights import abstract, read_config
+from srrl_jax.parallel import place_batch, row_shards
+from srrl_jax.sampling import Completion
+from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
+from srrl_jax.training.checkpoint import TrainState
+from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.experience import Task
+from srrl_jax.training.update import completion_logprobs, make_optimizer, make_schedule, make_update
+
+
+def network(config: TrainConfig) -> Qwen3:
+    """The policy's structure, without its weights.
+
+    Raises:
+      InputError: the model, or the attention kernel on this machine, is not supported.
+    """
+    model = abstract(read_config(config.model), config.dtype)
+    check_kernel(config.attention, config.dtype, slides=model.config.windows is not None)
+    model.attention = config.attention
+    return model
+
+
+class Learner:
+    """Turns a step's completions and advantages into updates of the policy.
+
+    Attributes:
+      frozen: the starting weights, for the KL penalty and the frozen grader; None where neither is on.
+
+    Args:
+      model: its structure alone; the weights are read from `config.model`.
+    Raises:
+      InputError: a microbatch that the mesh cannot cut.
+    """
+
+    def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh):
+        cut = row_shards(mesh)
+        if config.optimizer.microbatch % cut:
+            raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp x expert = {cut}")
+        self._config, self._mesh = config, mesh
+        self._graphdef = nnx.graphdef(model)
+        self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights
+        self._optimizer = make_optimizer(config.optimizer)
+        self._update = make_update(self._graphdef, config, self._optimizer)
+        self._schedule = make_schedule(config.optimizer)
+        needs_frozen = config.kl_coef > 0 or config.grader == "frozen"
+        self.frozen = jax.tree.map(jnp.copy, self._start) if needs_frozen else None
+
+    def start(self) -> TrainState:
+        """The state before the first update. To be called once: updates donate its arrays."""
+        params, self._start = self._start, None
+        return TrainState(params, self._optimizer.init(params))
+
+    def learning_rate(self, step: int, skipped: int) -> float:
+        """Of the last update of `step` (counted from 1), when so many were skipped since the start."""
+        return float(self._schedule(max(0, step * self._config.optimizer.minibatches - 1 - skipped)))
+
+    def minibatches(
+        self,
+        tasks: Sequence[Task],
+        groups: Sequence[Sequence[Completion]],
+        scored: np.ndarray,
+        advantages: np.ndarray,
+    ) -> list[UpdateBatch]:
+        """The batches of a step's updates, on the mesh; `scored`, `advantages` [N, G]."""
+        rollout, optimizer = self._config.rollout, self._config.optimizer
+        prompts = [task.prompt for task in tasks]
+        batch = pack_groups(prompts, groups, scored, rollout.prompt_buckets, rollout.completion_buckets)
+        parts = split_batch(
+            batch._replace(advantages=advantages), optimizer.minibatches, optimizer.microbatch
+        )
+        return [place_batch(part, self._mesh, row_axis=1) for part in parts]
+
+    @property
+    def scores(self) -> bool:
+        """Whether updates need log-probabilities other than the sampler's, see `with_logprobs`."""
+        return self._config.kl_coef > 0 or self._config.loss.importance_cap is not None
+
+    def with_logprobs(self, params: Any, minibatches: Sequence[UpdateBatch]) -> list[UpdateBatch]:
+        """The same, with the log-probabilities of the frozen weights (for the KL penalty) and of the policy
+        before its updates (for importance weights); returns when they are there."""
+        scorers = {}
+        if self._config.kl_coef > 0:
+            scorers["reference_logprobs"] = self.frozen
+        if self._config.loss.importance_cap is not None:
+            scorers["old_logprobs"] = params
+        temperature, scored = self._config.rollout.sampling.temperature, []
+        for part in minibatches:
+            found = {
+                name: completion_logprobs(self._graphdef, weights, part, temperature)
+                for name, weights in scorers.items()
+            }
+            scored.append(part._replace(**jax.block_until_ready(found)))
+        return scored
+
+    def update(
+        self, state: TrainState, minibatches: Sequence[UpdateBatch]
+    ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+        """One AdamW update for each minibatch, in order; `state` is donated. The metrics of each."""
+        learnt = []
+        for part in minibatches:
+            params, opt_state, numbers = self._update(*state, part)
+            state = TrainState(params, opt_state)
+            learnt.append(numbers)
+        return state, jax.device_get(learnt)

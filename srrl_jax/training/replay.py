@@ -1,0 +1,154 @@
+"""A step of a finished run, computed again from what the run wrote down."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+from etils import epath
+
+from srrl_jax import storage
+from srrl_jax.data import epochs_done, step_rows
+from srrl_jax.errors import InputError
+from srrl_jax.grading import Verdict
+from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.parallel import make_mesh
+from srrl_jax.rubrics import Criterion, score_response
+from srrl_jax.telemetry import iter_jsonl
+from srrl_jax.training.checkpoint import Checkpoints
+from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.experience import Graded, rewards_of
+from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.records import completion_metrics, read_tokens, tokens_path, update_metrics
+from srrl_jax.training.rewards import relative_rewards, training_rewards
+from srrl_jax.training.run import load_tasks
+
+_ROUNDING = 1e-4  # relative, and absolute: for values of the update on another machine
+
+
+class Comparison(NamedTuple):
+    """One value of a step: as the run logged it, and as computed again."""
+
+    name: str
+    logged: Any
+    replayed: Any
+
+    @property
+    def verdict(self) -> str:
+        """ "same" to the bit, "rounding", or "DIFFERS"."""
+        if self.logged == self.replayed:
+            return "same"
+        numbers = [value for value in (self.logged, self.replayed) if isinstance(value, float | int)]
+        close = len(numbers) == 2 and math.isclose(*numbers, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+        return "rounding" if close else "DIFFERS"
+
+
+def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
+    """Computes a training step again: rows, texts, rewards, advantages, means, and the updates.
+
+    Rewards come from the verdicts in samples.jsonl. The updates start at the newest checkpoint before
+    `step`, or else at the starting weights, and go through the tokens of all steps in between.
+
+    Returns:
+      Every value compared (a list of samples that agree is one of them), and the step started from.
+    Raises:
+      InputError: no such run or step, or a file of it is missing.
+    """
+    run_dir = storage.locate(run_dir)
+    config = _config(run_dir)
+    metrics = {row["step"]: row for row in iter_jsonl(run_dir / "metrics.jsonl")}
+    if step < 1 or step not in metrics:
+        last = max(metrics, default=0)
+        raise InputError(f"{run_dir}: there is no training step {step}; the last one is {last}")
+    logged = metrics[step]
+    tokenizer = load_tokenizer(config.model)
+    tasks, _ = load_tasks(config, tokenizer)
+    mesh = make_mesh(config.mesh)
+
+    with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
+        learner = Learner(network(config), config, mesh)
+        state = learner.start()
+        start = max((done for done in checkpoints.steps() if done < step), default=0)
+        if start:
+            _, state = checkpoints.restore(start, like=state)
+        samples = _samples(run_dir, range(start + 1, step + 1))
+        for current in range(start + 1, step + 1):
+            rows = samples["train", current]
+            batch_tasks = [
+                tasks[row] for row in step_rows(len(tasks), config.prompts_per_step, current - 1, config.seed)
+            ]
+            groups = read_tokens(tokens_path(run_dir, current), [row["truncated"] for row in rows])
+            graded = _graded(rows, config.group_size)
+            rewards = training_rewards(
+                batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens
+            )
+            advantages, scored = relative_rewards(rewards, config.loss, config.reward)
+            minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)
+            if learner.scores:
+                minibatches = learner.with_logprobs(state.params, minibatches)
+            state, learnt = learner.update(state, minibatches)
+
+    flat = [completion for group in groups for completion in group]
+    held_out = samples.get(("eval", step))
+    values = completion_metrics(rows, rewards) | update_metrics(learnt)
+    values["data/epoch"] = epochs_done(len(tasks), config.prompts_per_step, step)
+    if held_out:
+        held_out_rewards = rewards_of(_graded(held_out, config.eval.samples))
+        values["eval/self"] = completion_metrics(held_out, held_out_rewards)["reward/mean"]
+    found = [
+        *_each("prompt", rows, "prompt_id", [t.example.prompt_id for t in batch_tasks for _ in groups[0]]),
+        *_each("completion", rows, "completion", [tokenizer.decode(c.tokens.tolist()) for c in flat]),
+        *_each("reward", rows, "reward", [g.reward for group in graded for g in group]),
+        *_each("advantage", rows, "advantage", [float(a) for a in advantages.flat]),
+    ]
+    for name, value in values.items():
+        value = value if math.isfinite(value) else None  # as the log writes it
+        found.append(Comparison(name, logged.get(name), value))
+    return found, start
+
+
+def _config(run_dir: epath.Path) -> TrainConfig:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{run_dir}: no config.yaml there; give the directory of a run")
+    return TrainConfig.from_dict(yaml.safe_load(path.read_text()), where=str(path))
+
+
+def _samples(run_dir: epath.Path, steps: range) -> dict[tuple[str, int], list[dict]]:
+    """Rows of samples.jsonl by split and step."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for row in iter_jsonl(run_dir / "samples.jsonl"):  # may be larger than memory
+        if row["step"] in steps:
+            found.setdefault((row["split"], row["step"]), []).append(row)
+    for step in steps:
+        tokens = tokens_path(run_dir, step)
+        if ("train", step) not in found or not tokens.exists():
+            raise InputError(
+                f"{run_dir}: step {step} cannot be computed again without its samples and {tokens}"
+            )
+    return found
+
+
+def _graded(rows: Sequence[Mapping[str, Any]], group: int) -> list[list[Graded]]:
+    """Groups of so many rows as they were graded, their rewards computed from the verdicts again."""
+    flat = []
+    for row in rows:
+        criteria = [Criterion(c["criterion"], c["points"]) for c in row["criteria"]]
+        verdicts = [
+            Verdict(c["verdict"], c["explanation"], c["tries"], c["tokens"], c["probability"])
+            for c in row["criteria"]
+        ]
+        reward = score_response(criteria, [verdict.met for verdict in verdicts])
+        flat.append(Graded(row["completion"], row["response"], verdicts, reward))
+    return [flat[i : i + group] for i in range(0, len(flat), group)]
+
+
+def _each(name: str, rows: Sequence[Mapping], field: str, replayed: Sequence[Any]) -> list[Comparison]:
+    """One comparison for all rows where they agree to the bit, else one for each that does not."""
+    differing = [
+        Comparison(f"{name} {i // (1 + max(r['sample'] for r in rows))}.{row['sample']}", row[field], value)
+        for i, (row, value) in enumerate(zip(rows, replayed, strict=True))
+        if row[field] != value
+    ]
+    return differing or [Comparison(f"{name}s", f"{len(rows)} values", f"{len(rows)} values")]

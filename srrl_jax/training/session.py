@@ -1,0 +1,173 @@
+"""The plumbing around the loop: where a run stands, its logs and checkpoints, and how it is ended."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Self
+
+from rich.text import Text
+
+from srrl_jax import storage
+from srrl_jax.errors import InputError
+from srrl_jax.sampling import Completion
+from srrl_jax.telemetry import LiveTable, RunLog
+from srrl_jax.training.batch import UpdateBatch
+from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
+from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.guards import SkippedUpdates, new_warnings
+from srrl_jax.training.preemption import EXIT_CODE, Preempted, Preemption
+from srrl_jax.training.records import tokens_path, write_tokens
+from srrl_jax.training.run import write_config
+
+# Until the update a step has changed nothing, so the state is still that of the step before.
+_SAFE = ("rollout", "grade", "logprob")
+
+
+class Session:
+    """A context manager around the steps of one run; made when all input has been checked.
+
+    Attributes:
+      step: steps done, all written down.
+      fresh: whether nothing has been done at all, not even the evaluation before the first step.
+      times: of the step under way, to be added to.
+      skips: the updates that were skipped.
+    """
+
+    def __init__(self, config: TrainConfig, changes: list[str]):
+        self._config, self._changes = config, changes
+        self._run_dir = storage.locate(config.run_dir)
+        self.step, self.fresh = 0, True
+        self.times: dict[str, float] = {}
+        self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
+        self._saved: int | None = None
+        self._metrics: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        c = self._config.checkpoint
+        with ExitStack() as stack:
+            self._checkpoints = stack.enter_context(Checkpoints(self._run_dir, c))
+            self.log = RunLog(self._run_dir)
+            self._live = stack.enter_context(LiveTable(self._config.steps))
+            self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
+            stack.push(self._on_preempted)  # first to run, so within the time that SIGTERM leaves
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> bool:
+        return self._stack.__exit__(*exception)
+
+    def resume(self, like: TrainState) -> TrainState:
+        """The state of the last good checkpoint, or `like`; takes the logs back to it.
+
+        Raises:
+          InputError: there are checkpoints, but none can be read.
+        """
+        found = self._checkpoints.restore_latest(like)
+        write_config(self._config)
+        if found is None:
+            self.log.rewind(-1)
+            self._state = like
+            self._event("start", f"{self._config.steps} steps")
+            return like
+        position, self._state, messages = found
+        self.step = self._saved = position.step
+        self.fresh = False
+        self.skips.total, self.skips.in_a_row = position.skipped, position.skipped_in_a_row
+        self.log.rewind(self.step)
+        self._live.resume(self.step)
+        for message in messages:
+            self._event("damaged checkpoint", message)
+        changed = f"; {'; '.join(self._changes)}" if self._changes else ""
+        self._event("resume", f"from the checkpoint of step {self.step}{changed}")
+        return self._state
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows and times a part of a step; yields what to call with (done, total) on the way."""
+        start = time.perf_counter()
+
+        def progress(done: int, total: int) -> None:
+            self._live.note(f"{done}/{total}")
+            if name in _SAFE:
+                self._preemption.check()
+
+        if name in _SAFE:
+            self._preemption.check()
+        with self._live.phase(name):
+            yield progress
+        self.times[f"time/{name}"] = time.perf_counter() - start
+
+    def note_skipped(self, step: int, learnt: Sequence[dict], minibatches: Sequence[UpdateBatch]) -> None:
+        """Counts and tells of a step's updates that were skipped."""
+        with self._disk_errors():
+            for path in self.skips.note(step, learnt, minibatches):
+                self._event("skipped update", f"loss or gradient not finite; its batch is {path}", step)
+
+    def write(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: dict[str, float],
+        samples: list[dict],
+        groups: Sequence[Sequence[Completion]] | None = None,
+    ) -> None:
+        """Writes down what a step did, with the tokens of its completions, and a checkpoint where due.
+
+        Raises:
+          InputError: the disk is full, or the last updates were all skipped.
+        """
+        with self._disk_errors():
+            if groups is not None:
+                write_tokens(tokens_path(self._run_dir, step), groups)
+            self.log.write(step, metrics, samples, self.times)
+            for message in new_warnings(metrics, self._metrics):
+                self._event("warning", message, step)
+        self._live.update(step, metrics | self.times)
+        self.times.clear()  # so the next line tells how long this checkpoint took
+        self.step, self._state, self._metrics, self.fresh = step, state, metrics, False
+        self.skips.check()
+        if step % self._config.checkpoint.every == 0 or step == self._config.steps:
+            self._save()
+
+    def _save(self) -> None:
+        if self.step == self._saved or self.step == 0:
+            return  # the state before the first step is made anew as fast
+        with self.phase("checkpoint"):
+            c, skips = self._config, self.skips
+            row = self.step * c.prompts_per_step
+            position = Position(self.step, c.seed, row, skips.total, skips.in_a_row)
+            self._checkpoints.save(position, self._state, self._metrics)
+        self._saved = self.step
+
+    def _on_preempted(self, kind: type | None, *_: object) -> None:
+        if kind is not Preempted:
+            return
+        self._save()
+        self._checkpoints.wait()
+        self._event("preempted", f"SIGTERM; saved step {self.step}. Run the same command to go on")
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self._run_dir}: cannot write the logs: {error.strerror}. "
+                "Make room or mend the directory, then run the same command to go on"
+            ) from error
+
+    def _give_up(self) -> None:
+        seconds, last = self._config.checkpoint.preemption_seconds, self._checkpoints.steps()
+        kept = f"the checkpoint of step {last[-1]}" if last else "the start"
+        message = (
+            f"SIGTERM; no safe point within {seconds:g} s, so what follows {kept} is lost. "
+            "Run the same command to go on"
+        )
+        self.log.event(self.step, "preempted", message)
+        print(f"srrl: {message} (exit code {EXIT_CODE})", file=sys.stderr, flush=True)
+
+    def _event(self, kind: str, message: str, step: int | None = None) -> None:
+        step = self.step if step is None else step
+        self.log.event(step, kind, message)
+        self._live.console.print(Text(f"step {step}: {kind}: {message}"), soft_wrap=True)

@@ -1,0 +1,87 @@
+"""SIGTERM: saved at a safe point, or ended in time without."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.training import loop, train
+from srrl_jax.training.preemption import EXIT_CODE, Preempted, Preemption
+
+EVAL = (
+    f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
+    "eval.rows=2",
+    "eval.every=2",
+)
+
+
+def test_check_raises_only_after_the_signal_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as raised, Preemption(60, pytest.fail) as preemption:
+        preemption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            preemption.check()
+            time.sleep(0.01)
+    assert raised.value.code == EXIT_CODE == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_a_safe_point_the_process_ends_in_time():
+    """The main thread is in a long computation in C, where Python's own handlers do not run."""
+    child = """
+import os, signal, sys, threading, time
+import numpy as np
+from srrl_jax.training.preemption import Preemption
+def kill():
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+with Preemption(0.5, lambda: print("no safe point", flush=True)):
+    threading.Thread(target=kill).start()
+    np.linalg.svd(np.random.default_rng(0).normal(size=(6000, 6000)))
+print("came to its end")
+"""
+    start = time.monotonic()
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", child], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (process.returncode, process.stdout) == (EXIT_CODE, "no safe point\n")
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(("step", "saved"), [(1, None), (3, 2)])
+def test_a_preempted_run_saves_what_is_done_and_goes_on_to_the_same_end(
+    recipe, quick_compile, tmp_path, monkeypatch, step, saved
+):
+    """SIGTERM in the rollout of `step`, when the last periodical checkpoint is none or of step 1."""
+    config = recipe(tmp_path / "whole", *EVAL, "steps=4", "checkpoint.every=4")
+    train(config)
+    config = recipe(
+        tmp_path / "cut", *EVAL, "steps=4", "checkpoint.every=4", "checkpoint.preemption_seconds=60"
+    )
+    asked, rows = [], loop.step_rows
+
+    def preempt(*args):
+        if args[2] == step - 1 and not asked:
+            asked.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # the watching thread hears
+        return rows(*args)
+
+    monkeypatch.setattr(loop, "step_rows", preempt)
+    with pytest.raises(Preempted):
+        train(config)
+    checkpoints = [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()]
+    assert checkpoints == ([] if saved is None else [str(saved)])
+    event = read_jsonl(tmp_path / "cut" / "events.jsonl")[-1]
+    assert (event["event"], event["step"]) == ("preempted", saved or 0)
+    train(config)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

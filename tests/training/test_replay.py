@@ -1,0 +1,117 @@
+"""`srrl replay`: a step computed again from the logs."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srrl_jax import cli
+from srrl_jax.errors import InputError
+from srrl_jax.training import train
+from srrl_jax.training.records import tokens_path
+from srrl_jax.training.replay import replay
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+RECIPE = (
+    f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
+    "eval.rows=2",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "optimizer.minibatches=2",
+    "optimizer.learning_rate=0.001",
+    "kl_coef=0.1",
+    "steps=4",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished")
+    train(recipe(run_dir, *RECIPE))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the finished run to tamper with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def differing(run_dir, step) -> list[str]:
+    return [row.name for row in replay(run_dir, step)[0] if row.verdict != "same"]
+
+
+@pytest.mark.parametrize(("step", "start"), [(1, 0), (2, 0), (3, 2), (4, 2)])
+def test_every_step_is_the_same_to_the_bit(finished, step, start):
+    found, started = replay(finished, step)
+    assert [row for row in found if row.verdict != "same"] == []
+    logged = json.loads((finished / "metrics.jsonl").read_text().splitlines()[step])
+    assert {row.name for row in found} >= set(logged) - {"step", "lr"}
+    assert started == start
+
+
+def rewrite(path, step, change):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in lines:
+        if row["step"] == step:
+            change(row)
+            break
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+def test_a_changed_verdict_shows_in_all_that_follows_from_it(run_dir):
+    def turn(row):
+        criterion = next(c for c in row["criteria"] if c["points"] > 0)
+        criterion["verdict"] = not criterion["verdict"]
+
+    rewrite(run_dir / "samples.jsonl", 3, turn)
+    names = differing(run_dir, 3)
+    assert {"reward 0.0", "advantage 0.0", "reward/mean", "loss"} <= set(names)
+
+
+def test_a_changed_metric_shows(run_dir):
+    rewrite(run_dir / "metrics.jsonl", 4, lambda row: row.update(kl=row["kl"] + 0.01))
+    assert differing(run_dir, 4) == ["kl"]
+
+
+def test_changed_tokens_show(run_dir):
+    path = tokens_path(run_dir, 3)
+    with np.load(path) as file:
+        fields = dict(file)
+    fields["tokens"][0] += 1
+    np.savez_compressed(path, **fields)
+    names = differing(run_dir, 3)
+    assert "completion 0.0" in names and "loss" in names
+
+
+def test_the_command_prints_a_table_and_fails_on_a_difference(run_dir, monkeypatch, capsys):
+    def run(step) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["srrl", "replay", str(run_dir), "--step", str(step)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, capsys.readouterr().out
+
+    code, text = run(3)
+    assert code == 0 and "loss" in text and "DIFFERS" not in text
+    rewrite(run_dir / "metrics.jsonl", 3, lambda row: row.update(loss=5.0))
+    code, text = run(3)
+    assert code == 1 and text.count("DIFFERS") == 1
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_step_that_is_not_there(finished, step):
+    with pytest.raises(InputError, match=f"no training step {step}; the last one is 4"):
+        replay(finished, step)
+
+
+def test_files_that_are_missing_are_named(run_dir, tmp_path):
+    tokens_path(run_dir, 1).unlink()
+    with pytest.raises(InputError, match=r"step 1 cannot be computed again without .*step_000001\.npz"):
+        replay(run_dir, 2)
+    assert differing(run_dir, 3) == []  # which starts at a checkpoint
+    with pytest.raises(InputError, match=r"no config\.yaml there"):
+        replay(tmp_path / "none", 1)
