@@ -140,6 +140,62 @@ def _convert(
     print(f"{convert(source, out, to, minus=minus, where=where or ())} rows in {out}")
 
 
+@app.command("sample")
+def _sample(
+    model: Annotated[str, typer.Argument(help="Checkpoint: directory or hub id, HF or GGUF.")],
+    source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with `prompt`.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="A line of each sample; again resumes.")],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Of each row.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a completion.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_k: Annotated[int, typer.Option(min=0)] = 20,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    min_p: Annotated[float, typer.Option()] = 0.0,
+    thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at one time.")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Sample completions of prompts; shapes follow from the rows."""
+    from srrl_jax.evaluation.judge import AnswerConfig
+    from srrl_jax.evaluation.lines import sample_file
+    from srrl_jax.sampling import SamplingConfig
+
+    config = AnswerConfig(max_new_tokens, thinking, SamplingConfig(temperature, top_k, top_p, min_p))
+    lines = sample_file(
+        model, source, out, samples=samples, config=config, batch=batch, dtype=dtype, seed=seed
+    )
+    print(f"{lines} new lines in {out}")
+
+
+@app.command("grade")
+def _grade(
+    model: Annotated[str, typer.Argument(help="The grading checkpoint: directory or hub id, HF or GGUF.")],
+    source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with prompt, rubrics, completion.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="The rows with verdicts; again resumes.")],
+    verdict: Annotated[Literal["generate", "constrained", "logits"], typer.Option()] = "generate",
+    votes: Annotated[int, typer.Option(min=1, help="Replies for each criterion; odd.")] = 1,
+    together: Annotated[bool, typer.Option(help="All criteria of a rubric in one query.")] = False,
+    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
+    thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Responses at one time.")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Grade completions against the rubrics of their rows; shapes follow from the rows."""
+    from srrl_jax.evaluation.judge import JudgeConfig
+    from srrl_jax.evaluation.lines import grade_file
+    from srrl_jax.sampling import SamplingConfig
+
+    sampling = SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
+    config = JudgeConfig(max_new_tokens, thinking, template, tries, sampling, verdict, votes, together)
+    lines = grade_file(model, source, out, config=config, batch=batch, dtype=dtype, seed=seed)
+    print(f"{lines} new lines in {out}")
+
+
 @app.command("evaluate")
 def _evaluate(
     model: Annotated[

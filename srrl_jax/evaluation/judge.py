@@ -81,20 +81,34 @@ class Checkpoint:
         self, prompts: Sequence[Sequence[Message]], ids: Sequence[int], key: jax.Array, config: AnswerConfig
     ) -> list[Answer]:
         """One completion of each prompt; that of prompt i draws from `key` folded with `ids[i]`."""
+        return [group[0] for group in self.answers(prompts, ids, key, config, 1)]
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        ids: Sequence[int],
+        key: jax.Array,
+        config: AnswerConfig,
+        samples: int,
+    ) -> list[list[Answer]]:
+        """As `answer`, with several completions of each prompt, which is read once for all of them."""
         rendered = [self.tokenizer.render(list(prompt), thinking=config.thinking) for prompt in prompts]
         tokens = [self.tokenizer.encode(text) for text in rendered]
         sampler = self._sampler(
-            map(len, tokens), [0], (1,), new_tokens=config.max_new_tokens, sampling=config.sampling
+            map(len, tokens), [0], (samples,), new_tokens=config.max_new_tokens, sampling=config.sampling
         )
-        sampled = sampler.generate(self.params, tokens, [[[]]] * len(tokens), key, row_ids=ids)
+        sampled = sampler.generate(self.params, tokens, [[[]] * samples] * len(tokens), key, row_ids=ids)
         return [
-            Answer(
-                text := self.tokenizer.decode(completion.tokens.tolist()),
-                visible_response(opened_thought(prompt) + text),
-                len(completion.tokens),
-                bool(completion.truncated),
-            )
-            for prompt, (completion,) in zip(rendered, sampled, strict=True)
+            [
+                Answer(
+                    text := self.tokenizer.decode(completion.tokens.tolist()),
+                    visible_response(opened_thought(prompt) + text),
+                    len(completion.tokens),
+                    bool(completion.truncated),
+                )
+                for completion in group
+            ]
+            for prompt, group in zip(rendered, sampled, strict=True)
         ]
 
     def grade(self, items: Sequence[GradingItem], key: jax.Array, config: JudgeConfig) -> list[list[Verdict]]:

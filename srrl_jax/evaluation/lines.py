@@ -1,0 +1,159 @@
+"""`srrl sample` and `srrl grade`: JSON lines in, JSON lines out, resumed where they stopped."""
+
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from srrl_jax.errors import InputError
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig
+from srrl_jax.grading import GradingItem
+from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
+from srrl_jax.telemetry import iter_jsonl, read_jsonl
+
+Row = tuple[str, dict[str, Any], Example]  # its id in OUT, the line as it stands, what it says
+_ANY = [{"criterion": "any", "points": 1}]  # `sample` asks for no rubric
+
+
+def sample_file(
+    model: str,
+    source: str,
+    out: str,
+    *,
+    samples: int,
+    config: AnswerConfig,
+    batch: int,
+    dtype: str,
+    seed: int,
+) -> int:
+    """Adds completions to rows: OUT gets a line of each sample. Returns the number of new lines.
+
+    A line is the row with `sample_id` ("prompt_id:line:sample"), `prompt_id`, `completion`, `response`
+    (what a user would see), `tokens`, `truncated`. The text depends on row, sample and seed alone.
+    Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
+    """
+    settings = {"command": "sample", "model": model, "samples": samples, "dtype": dtype, "seed": seed}
+    rows = _rows(
+        source, lambda row: {"prompt": row.get("prompt"), "rubrics": _ANY, "prompt_id": row.get("prompt_id")}
+    )
+    done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
+    todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
+    checkpoint = Checkpoint(model, dtype, batch)
+
+    def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        ids = [zlib.crc32(name.encode()) for name, _, _ in part]
+        groups = checkpoint.answers([e.prompt for *_, e in part], ids, jax.random.key(seed), config, samples)
+        for (name, row, example), group in zip(part, groups, strict=True):
+            for j, answer in enumerate(group):
+                if f"{name}:{j}" not in done:
+                    yield (
+                        row | {"sample_id": f"{name}:{j}", "prompt_id": example.prompt_id} | answer._asdict()
+                    )
+
+    return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"])
+
+
+def grade_file(
+    model: str, source: str, out: str, *, config: JudgeConfig, batch: int, dtype: str, seed: int
+) -> int:
+    """Adds verdicts to rows that hold `completion` or `response`. Returns the number of new lines.
+
+    A line is the row with `grade_id` ("prompt_id:line"), `prompt_id`, `reward` (null where nothing could
+    be scored) and `verdicts`, one {criterion, points, met, probability, explanation, tries} for each
+    criterion. Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
+    """
+    rows = _rows(source, lambda row: row)
+    for (_, row, _), where in zip(rows, _places(source), strict=True):
+        if not isinstance(row.get("response", row.get("completion")), str):
+            raise InputError(f"{where}: no text to grade; add `completion` or `response`")
+    settings = {"command": "grade", "model": model, "dtype": dtype, "seed": seed}
+    done = _open(out, settings | {"grading": dataclasses.asdict(config)}, "grade_id")
+    todo = [row for row in rows if row[0] not in done]
+    checkpoint, key = Checkpoint(model, dtype, batch), jax.random.fold_in(jax.random.key(seed), 1)
+
+    def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        items = [GradingItem(e.prompt, _response(row), e.rubrics) for _, row, e in part]
+        for (name, row, example), verdicts in zip(part, checkpoint.grade(items, key, config), strict=True):
+            judged = [
+                {"criterion": c.criterion, "points": c.points, "met": v.met, "probability": v.probability,
+                 "explanation": v.explanation, "tries": v.tries}
+                for c, v in zip(example.rubrics, verdicts, strict=True)
+            ]  # fmt: skip
+            reward = score_response(example.rubrics, [v.met for v in verdicts])
+            added = {"grade_id": name, "prompt_id": example.prompt_id, "reward": reward, "verdicts": judged}
+            yield row | added
+
+    return _work(out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]))
+
+
+def _response(row: dict[str, Any]) -> str:
+    return row["response"] if "response" in row else visible_response(row["completion"])
+
+
+def _places(source: str) -> list[str]:
+    with Path(source).open("rb") as file:
+        return [f"{source}:{number}" for number, line in enumerate(file, 1) if line.strip()]
+
+
+def _rows(source: str, view: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Row]:
+    rows = []
+    for index, (where, row) in enumerate(
+        zip(_places(source) if Path(source).is_file() else [], iter_jsonl(source), strict=True)
+    ):
+        faults = row_faults(view(row))
+        if faults:
+            raise InputError(f"{where}: {faults[0]}")
+        example = Example.from_dict(view(row))
+        rows.append((f"{example.prompt_id}:{index}", row, example))
+    if not rows:
+        raise InputError(f"{source}: no such file, or no rows in it; give a .jsonl file")
+    return rows
+
+
+def _open(out: str, settings: dict[str, Any], name: str) -> set[str]:
+    """Ids of the lines that OUT holds; cuts off a torn last line; keeps or compares the settings."""
+    path, kept = Path(out), Path(out + ".settings.json")
+    settings = json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
+        if differ:
+            raise InputError(
+                f"{out} was made with other settings: {'; '.join(differ)}. Give them, or another OUT"
+            )
+    kept.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if not path.exists():
+        return set()
+    done = {line[name] for line in read_jsonl(path)}
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return done
+
+
+def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count) -> int:
+    """Runs the rows chunk by chunk; the lines of a chunk are written before the next one starts."""
+    lines = total = 0
+    began = time.perf_counter()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar, Path(out).open("ab") as file:
+        task = bar.add_task("", total=len(todo))
+        for start in range(0, len(todo), chunk):
+            part = todo[start : start + chunk]
+            for line in run(part):
+                text = json.dumps(line, ensure_ascii=False)
+                file.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
+                lines, total = lines + 1, total + count(line)
+            file.flush()
+            rate = total / (time.perf_counter() - began)
+            bar.update(task, advance=len(part), description=f"{rate:.1f} {unit}/s")
+    return lines
