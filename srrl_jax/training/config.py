@@ -137,6 +137,8 @@ class LossConfig:
       entropy_coef: weight of the entropy bonus.
       importance_cap: truncated importance weights against a sampler whose arithmetic differs, at the
         price of one more forward pass; null is off.
+      balance_experts: adds the load-balancing loss of a mixture of experts, by the `router_aux_loss_coef`
+        of the checkpoint's config.json.
     """
 
     advantage: Literal["std", "mean", "leave_one_out"] = "std"
@@ -148,6 +150,7 @@ class LossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
     importance_cap: float | None = None
+    balance_experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

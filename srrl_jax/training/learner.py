@@ -25,11 +25,13 @@ def network(config: TrainConfig) -> Qwen3:
     """The policy's structure, without its weights.
 
     Raises:
-      InputError: the model, or the attention kernel on this machine, is not supported.
+      InputError: the model, the attention kernel on this machine, or a key for experts is not supported.
     """
     model = abstract(read_config(config.model), config.dtype)
     check_kernel(config.attention, config.dtype, slides=model.config.windows is not None)
     model.attention = config.attention
+    if config.loss.balance_experts and model.config.moe is None:
+        raise InputError("loss.balance_experts: the model has no experts; leave it false")
     return model
 
 

@@ -58,7 +58,9 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
 
     def microbatch_loss(params, batch: UpdateBatch, weights, share):
         model = nnx.merge(graphdef, params)
-        logprobs, entropy = branch_logprobs(model, batch.tree, temperature, remat=config.optimizer.remat)
+        logprobs, entropy, load = branch_logprobs(
+            model, batch.tree, temperature, remat=config.optimizer.remat, return_load=True
+        )
         ratios = log_ratios(logprobs, batch.old_logprobs)
         if c.ratio == "sequence":
             ratios = sequence_log_ratios(ratios, batch.mask)
@@ -76,6 +78,10 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
         values |= {"entropy": entropy, "logprob_diff/mean": gap}
         means = {name: weighted_sum(value, share) for name, value in values.items()}
+        if load is not None:
+            means["experts/imbalance"] = load.imbalance() * share.sum()
+            if c.balance_experts:
+                loss = loss + model.config.moe.router_aux_loss_coef * means["experts/imbalance"]
         return loss, (means | {"loss": loss}, gap.max())
 
     @partial(jax.jit, donate_argnums=(0, 1))

@@ -6,6 +6,7 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3Config
+from srrl_jax.models.config import MoEConfig
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -20,6 +21,7 @@ QWEN3 = {
     "rope_theta": 1000000,
     "tie_word_embeddings": True,
 }
+MOE = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def test_reads_dict_file_and_directory_alike(tmp_path):
@@ -88,7 +90,7 @@ def test_family_switches(model_type, qk_norm, qkv_bias):
     assert (config.qk_norm, config.qkv_bias, config.o_bias) == (qk_norm, qkv_bias, False)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe", "qwen2", "llama"])
 def test_silent_fields_are_what_transformers_takes(model_type):
     from transformers import AutoConfig
 
@@ -105,6 +107,48 @@ def test_silent_fields_are_what_transformers_takes(model_type):
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    if model_type == "qwen3_moe":
+        assert ours.moe == MoEConfig(
+            theirs.num_experts,
+            theirs.num_experts_per_tok,
+            theirs.moe_intermediate_size,
+            theirs.norm_topk_prob,
+            tuple(theirs.mlp_only_layers),
+            theirs.router_aux_loss_coef,
+        )
+
+
+@pytest.mark.parametrize(
+    "fields, has_experts",
+    [
+        ({}, (True,) * 5),
+        ({"decoder_sparse_step": 2}, (False, True, False, True, False)),
+        ({"mlp_only_layers": [0, 3, 9]}, (False, True, True, False, True)),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, (False, False, False, True, False)),
+        ({"mlp_only_layers": [0, 1, 2, 3, 4]}, (False,) * 5),
+    ],
+)
+def test_layers_of_experts_are_those_of_transformers(fields, has_experts):
+    fields = {**QWEN3, **MOE, **fields, "num_hidden_layers": 5}
+    config = Qwen3Config.from_hf(fields)
+    assert config.has_experts == has_experts
+    assert Qwen3Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    named = {("num_local_experts" if k == "num_experts" else k): v for k, v in fields.items()}
+    assert Qwen3Config.from_hf(named) == config
+
+
+@pytest.mark.parametrize(
+    "fields, windows",
+    [
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, [5, 5]),
+        ({"use_sliding_window": False, "sliding_window": 5}, None),
+        ({"use_sliding_window": True, "sliding_window": None}, None),
+    ],
+)
+def test_all_layers_of_qwen3_moe_slide_or_none(fields, windows):
+    config = Qwen3Config.from_hf({**QWEN3, **MOE, **fields})
+    assert (config.windows if windows is None else config.windows.tolist()) == windows
+    assert Qwen3Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 def test_nested_rope_of_transformers_5():
@@ -119,6 +163,13 @@ def test_nested_rope_of_transformers_5():
         ({"model_type": "mamba"}, "'mamba'"),
         ({"model_type": None}, "model_type"),
         ({"num_experts": 8}, "num_experts"),
+        ({**MOE, "num_experts": 0}, "num_experts"),
+        ({**MOE, "num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must not be over num_experts \(8\)"),
+        ({**MOE, "num_local_experts": 9}, "num_experts and num_local_experts differ"),
+        ({**MOE, "decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({**MOE, "moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({**MOE, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+        ({**MOE, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),

@@ -1,4 +1,4 @@
-"""The dense network against transformers, field by field of config.json and on random configs.
+"""The network against transformers, field by field of config.json and on random configs.
 
 `golden_parity.npz` holds what transformers computes for VARIANTS, so that the default suite checks the
 same without torch; with torch a test compares the file with transformers. `python test_parity.py`
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models.names import tensor_names
 
 GOLDEN = Path(__file__).with_name("golden_parity.npz")
 BASE = {
@@ -31,6 +32,13 @@ BASE = {
     "max_position_embeddings": 256,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 2,
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 # One field at a time: the config before it, and the field's new value.
@@ -62,6 +70,13 @@ VARIANTS = {
     "sliding_window": (SLIDING, 2),
     "max_window_layers": (SLIDING, 2),
     "layer_types": (SLIDING, ["sliding_attention", "full_attention", "sliding_attention"]),
+    "num_experts": (MOE, 7),
+    "num_experts_per_tok": (MOE, 3),
+    "moe_intermediate_size": (MOE, 16),
+    "norm_topk_prob": (MOE, True),
+    "decoder_sparse_step": (MOE, 2),
+    "mlp_only_layers": (MOE, [1]),
+    "moe.use_sliding_window": ({**MOE, "sliding_window": 4, "max_window_layers": 1}, True),
 }
 # Fields of transformers' Qwen3Config that leave the forward pass alone, and a value that says so.
 STILL = {
@@ -76,12 +91,14 @@ STILL = {
     "max_window_layers": 0,
     "hidden_act": "silu",  # others are refused
 }
+STILL_MOE = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 
 def variant(name: str) -> tuple[dict, dict]:
     """The config before and after a field of VARIANTS changed."""
     before, value = VARIANTS[name]
     before = {**BASE, **before}
+    name = name.removeprefix("moe.")
     field = name.removeprefix("yarn.")
     if field != name:
         return before, {**before, "rope_parameters": {**before["rope_parameters"], field: value}}
@@ -100,7 +117,7 @@ def random_model(fields: dict, seed: int = 0, dtype=jnp.float32) -> Qwen3:
             values = 1 + 0.2 * values
         elif path[-1] == "bias":
             values *= 0.5
-        elif path[0] == "layers":
+        elif path[0] in ("layers", "moe_layers"):
             values /= np.sqrt(variable.shape[-1])
         else:
             values *= 2 / np.sqrt(variable.shape[-1])
@@ -120,12 +137,20 @@ def transformers_model(fields: dict, model: Qwen3):
     weights = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         values = torch.from_numpy(np.array(variable[...], np.float32))
-        name = ".".join(path[1:] if path[0] == "layers" else path)
-        if path[0] == "layers":
-            weights.update({f"model.layers.{i}.{name}": row for i, row in enumerate(values)})
-        else:
-            weights[name if path[0] == "lm_head" else f"model.{name}"] = values
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+        weights |= {name: values[index] for name, index in tensor_names(path, model.config).items()}
+    for layer in np.flatnonzero(model.config.has_experts):  # which it fuses in memory
+        name = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack(
+                [weights.pop(f"{name}{e}.{kind}_proj.weight") for e in range(model.config.moe.num_experts)]
+            )
+            for kind in ("gate", "up", "down")
+        )
+        weights |= {f"{name}gate_up_proj": torch.cat([gate, up], 1), f"{name}down_proj": down}
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**fields),
+        experts_implementation="eager",  # the others want sizes of whole words
+    ).eval()
     info = theirs.load_state_dict(weights, strict=False)
     assert not info.unexpected_keys
     assert info.missing_keys == (["lm_head.weight"] if fields.get("tie_word_embeddings") else [])
@@ -149,8 +174,11 @@ def golden():
 def test_every_field_is_there(golden):
     """No field that transformers' config names is forgotten here."""
     from transformers import Qwen3Config as Theirs
+    from transformers import Qwen3MoeConfig as TheirMoe
 
-    assert set(Theirs.__annotations__) - {"model_type"} <= VARIANTS.keys() | STILL.keys()
+    known = VARIANTS.keys() | STILL.keys()
+    assert set(Theirs.__annotations__) - {"model_type"} <= known
+    assert set(TheirMoe.__annotations__) - {"model_type"} <= known | STILL_MOE.keys()
     assert golden.keys() == {f"{name}.{when}" for name in VARIANTS for when in ("before", "after")}
 
 
@@ -184,17 +212,25 @@ def test_other_fields_change_nothing(name):
     assert (config.windows, config.rope_scaling) == (None, None)
 
 
-@pytest.mark.parametrize("name", STILL)
+@pytest.mark.parametrize("name", STILL_MOE)
+def test_other_fields_of_experts_change_no_output(name):
+    model, tokens = random_model({**BASE, **MOE}), draw_tokens(BASE)
+    other = random_model({**BASE, **MOE, name: STILL_MOE[name]})
+    np.testing.assert_array_equal(model(tokens), other(tokens))
+
+
+@pytest.mark.parametrize("name", [*STILL, *STILL_MOE])
 def test_other_fields_change_nothing_in_transformers(torch, name):
-    model, tokens = random_model(BASE), draw_tokens(BASE)
-    expected = their_logits(transformers_model(BASE, model), tokens)
-    changed = their_logits(transformers_model({**BASE, name: STILL[name]}, model), tokens)
+    fields = {**BASE, **MOE} if name in STILL_MOE else BASE
+    model, tokens = random_model(fields), draw_tokens(fields)
+    expected = their_logits(transformers_model(fields, model), tokens)
+    changed = their_logits(transformers_model({**fields, name: (STILL | STILL_MOE)[name]}, model), tokens)
     np.testing.assert_array_equal(changed, expected)
 
 
 @st.composite
-def configs(draw) -> dict:
-    """Any dense config.json, of a tiny size."""
+def configs(draw, experts: bool) -> dict:
+    """Any config.json, dense or of experts, of a tiny size."""
     kv_heads = draw(st.integers(1, 3))
     layers = draw(st.integers(1, 3))
     fields = {
@@ -237,16 +273,29 @@ def configs(draw) -> dict:
         fields |= {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 6))}
         if draw(st.booleans()):
             fields["max_window_layers"] = draw(st.integers(0, layers))
-        else:
+        elif not experts:
             kinds = st.sampled_from(["full_attention", "sliding_attention"])
             fields["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+    if experts:
+        count = draw(st.integers(1, 9))
+        fields |= {
+            "model_type": "qwen3_moe",
+            draw(st.sampled_from(["num_experts", "num_local_experts"])): count,
+            "num_experts_per_tok": draw(st.integers(1, min(count, 4))),
+            "moe_intermediate_size": draw(st.integers(4, 30)),
+            "norm_topk_prob": draw(st.booleans()),
+            "decoder_sparse_step": draw(st.integers(1, 2)),
+            "mlp_only_layers": draw(st.none() | st.lists(st.integers(0, layers), max_size=2)),
+        }
     return fields
 
 
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 @settings(max_examples=6, deadline=None)
-@given(fields=configs(), seed=st.integers(0, 2**31), padding=st.integers(0, 4), left=st.booleans())
-def test_random_configs(torch, fields, seed, padding, left):
+@given(data=st.data(), seed=st.integers(0, 2**31), padding=st.integers(0, 4), left=st.booleans())
+def test_random_configs(torch, experts, data, seed, padding, left):
     """Logits of float32, unpadded and padded on either side, within 1e-5 of the largest."""
+    fields = data.draw(configs(experts))
     model, tokens = random_model(fields, seed), draw_tokens(fields, seed, (2, 13))
     theirs = transformers_model(fields, model)
     mask = np.ones(tokens.shape, bool)
@@ -276,7 +325,40 @@ def test_bfloat16(torch, fields):
     assert divergence() > 0.015
 
 
-@pytest.mark.parametrize("fields", [{}, {"rope_parameters": YARN, **SLIDING}], ids=["plain", "yarn-sliding"])
+def test_bfloat16_of_experts(torch):
+    """KL of next-token distributions, both networks in bfloat16, where rounding does not choose the experts.
+
+    Where a token's last chosen expert and the first not chosen lie closer than bfloat16's error, either
+    choice is right, and then the outputs differ by whole experts. So the float32 network picks the tokens
+    to compare: those before the first such near tie of their sequence.
+    """
+    fields = {**BASE, **MOE, "norm_topk_prob": True, "hidden_size": 64, "num_experts": 4}
+    tokens = draw_tokens(fields, shape=(64, 8))
+    model = random_model(fields, dtype=jnp.bfloat16)
+    theirs = transformers_model(fields, model)
+    expected = jax.nn.log_softmax(their_logits(theirs, tokens))
+    with torch.no_grad():
+        routers = theirs.float()(torch.from_numpy(tokens), output_router_logits=True).router_logits
+    ranked = np.sort(np.stack([x.numpy().reshape(*tokens.shape, -1) for x in routers]))
+    margin = (ranked[..., -2] - ranked[..., -3]).min(0)  # two experts a token
+    decided = np.minimum.accumulate(margin, axis=1) > 0.08
+    assert decided.sum() > 64
+
+    forward = jax.jit(lambda model: jax.nn.log_softmax(model(tokens)))
+
+    def divergence():
+        return (jnp.exp(expected) * (expected - forward(model))).sum(-1)[decided].max()
+
+    assert divergence() < 0.015
+    model.moe_layers.mlp.experts.up_proj.weight[...] *= 1.2
+    assert divergence() > 0.015
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"rope_parameters": YARN, **SLIDING}, {**MOE, "mlp_only_layers": [1]}],
+    ids=["plain", "yarn-sliding", "experts"],
+)
 def test_hidden_states_of_every_layer(torch, relative_error, fields):
     """Of networks cut after each layer, under one final norm."""
     fields = {**BASE, **fields}
@@ -288,11 +370,17 @@ def test_hidden_states_of_every_layer(torch, relative_error, fields):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)[:, None]
     full = Qwen3Config.from_hf(fields)
     for layers in range(1, full.num_hidden_layers + 1):
-        kinds = full.layer_types and list(full.layer_types[:layers])
-        cut = {**fields, "num_hidden_layers": layers, "layer_types": kinds}
+        cut = {**fields, "num_hidden_layers": layers}
+        if full.layer_types:
+            cut["layer_types"] = list(full.layer_types[:layers])
         part = random_model(cut)
         state = nnx.state(model)
-        state["layers"] = jax.tree.map(lambda x, n=layers: x[:n], state["layers"])
+        for stack, experts in (("layers", False), ("moe_layers", True)):
+            if stack in state:
+                rows = part.config.has_experts.count(experts)
+                state[stack] = jax.tree.map(lambda x, n=rows: x[:n], state[stack])
+                if not rows:
+                    del state[stack]
         nnx.update(part, state)
         hidden, _ = part.extend(tokens[:, None], positions, np.ones_like(positions, bool))
         assert relative_error(hidden[:, 0], expected[layers - 1]) < 1e-5

@@ -9,6 +9,11 @@ from flax import nnx
 from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import Segment
 
+# Layers of experts between dense ones.
+EXPERTS = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 4, "mlp_only_layers": [1, 3], "num_experts": 5,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
 TINY = ["tiny-qwen3-tied", "tiny-qwen3-untied"]
 
 
@@ -81,9 +86,10 @@ def test_golden_smollm2(smollm2, shared_data, relative_error):
     np.testing.assert_array_equal(choice[:, tokens.shape[1] - 1 : -1], greedy[:, tokens.shape[1] :])
 
 
-def test_tree_equals_flat(tiny, relative_error):
+@pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])
+def test_tree_equals_flat(tiny, relative_error, fields):
     """Prefixes of two lengths, each with two branches of two lengths, padded on the right."""
-    model = tiny()
+    model = tiny(**fields)
     random = np.random.default_rng(0)
     prefix_lengths, branch_lengths = np.array([7, 4]), np.array([[5, 3], [2, 6]])
     width, depth = 8, 6
@@ -106,9 +112,10 @@ def test_tree_equals_flat(tiny, relative_error):
                 assert relative_error(logits[n, b, :length], model(flat[None])[0, p:]) < 1e-5
 
 
-def test_own_context_equals_flat(tiny, relative_error):
+@pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])
+def test_own_context_equals_flat(tiny, relative_error, fields):
     """Decoding: a branch continues keys and values of its own beside the shared prefix's."""
-    model = tiny()
+    model = tiny(**fields)
     tokens = np.random.default_rng(0).integers(0, 96, (2, 9))
     sequences = np.stack([tokens, np.roll(tokens, 3, axis=1)], axis=1)  # [N, B, T]
     sequences[:, 1, :4] = sequences[:, 0, :4]
@@ -140,7 +147,7 @@ def test_family_parameters(tiny, model_type):
     assert not names & absent
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 @pytest.mark.parametrize(
     "fields", [{}, {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 5e5}]
 )
@@ -148,7 +155,7 @@ def test_saved_model_equals_transformers(torch, tiny, tmp_path, relative_error, 
     """transformers loads what we save, tensor for tensor, and computes the same."""
     from transformers import AutoModelForCausalLM
 
-    model = tiny(model_type, **fields)
+    model = tiny(**{"model_type": model_type, **(EXPERTS if model_type == "qwen3_moe" else {}), **fields})
     model.save_pretrained(tmp_path)
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
@@ -160,14 +167,16 @@ def test_saved_model_equals_transformers(torch, tiny, tmp_path, relative_error, 
     assert relative_error(model(tokens), expected) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 def test_loads_what_transformers_saves(torch, tmp_path, relative_error, model_type):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        model_type, vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+    fields = {
+        **(EXPERTS if model_type == "qwen3_moe" else {}), "model_type": model_type, "vocab_size": 80,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(**fields)
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

@@ -136,5 +136,20 @@ def test_gradients_equal_one_device(eight):
     assert max(eight["gradient_errors"].values()) < 1e-5
 
 
+@pytest.mark.parametrize(("sizes", "shard"), [((1, 1, 2, 4), [1, 1, 4, 16]), ((1, 2, 2, 2), [1, 2, 4, 8])])
+def test_experts_on_a_mesh_equal_one_device(eight, sizes, shard):
+    report = eight["experts"][str(sizes)]
+    assert report["shard"] == shard
+    assert "moe_layers.mlp.gate.weight" in report["gradient_errors"]
+    assert max(report["gradient_errors"].values()) < 1e-5
+
+
+def test_experts_must_divide(eight):
+    assert eight["experts_error"] == (
+        "mesh.expert (8) must divide the 4 experts of moe_layers.mlp.experts.down_proj.weight (1, 4, 16, 8); "
+        "use one of 1, 2, 4"
+    )
+
+
 def test_rows_must_divide(eight):
     assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp x expert = 4"

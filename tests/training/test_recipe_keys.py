@@ -219,7 +219,7 @@ OPTIMIZER = {
     "optimizer.grad_clip": "10",
 }
 
-# Keys with a test of their own below; remat's is in test_update.py, max_skipped's in
+# Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
 # test_guards.py, that of preemption_seconds in test_preemption.py.
 ELSEWHERE = {
     "run_dir",
@@ -230,6 +230,7 @@ ELSEWHERE = {
     "attention",
     "optimizer.max_skipped",
     "checkpoint.preemption_seconds",
+    "loss.balance_experts",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",

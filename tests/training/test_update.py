@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from srrl_jax.models import branch_logprobs
+from srrl_jax.errors import InputError
+from srrl_jax.models import Qwen3, Qwen3Config, branch_logprobs
 from srrl_jax.sampling import Buckets, Sampler
 from srrl_jax.training import loop, train
 from srrl_jax.training.batch import pack_groups, split_batch
@@ -160,6 +161,40 @@ def test_the_first_update_moves_a_completion_the_way_of_its_advantage(batch, lea
             after = completion_logprobs(graphdef, jax.tree.map(jnp.add, params, change), part, 1.0)
             moved = np.where(part.mask, after - before, 0.0).sum(-1)[0]
             assert moved[place] * sign > 0
+
+
+def test_experts_are_balanced_only_when_asked(batch, recipe):
+    config = Qwen3Config.from_hf(
+        {
+            "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0],
+            "router_aux_loss_coef": 0.5,
+        }
+    )  # fmt: skip
+    graphdef, params = nnx.split(Qwen3(config, rngs=nnx.Rngs(0)))
+    # One router that prefers an expert, so that there is something to balance.
+    gate = params["moe_layers"]["mlp"]["gate"]["weight"]
+    gate[...] = gate[...].at[:, 1].set(1.0)
+
+    def learn(value, microbatch):
+        update = make_update(graphdef, recipe("unused", "kl_coef=0", f"loss.balance_experts={value}"), SGD)
+        (part,) = split_batch(batch._replace(old_logprobs=batch.logprobs), 1, microbatch)
+        copy = jax.tree.map(jnp.copy, params)
+        new, _, metrics = update(copy, SGD.init(copy), part)
+        change = (new["moe_layers"]["mlp"]["gate"]["weight"][...] - gate[...])[0]
+        return change, {name: float(x) for name, x in metrics.items()}
+
+    change, metrics = learn("false", 2)
+    balanced, more = learn("true", 2)
+    assert metrics["experts/imbalance"] == more["experts/imbalance"] > 2  # two experts per token when even
+    assert more["loss"] == pytest.approx(metrics["loss"] + 0.5 * metrics["experts/imbalance"], rel=1e-5)
+    assert np.abs(balanced - change).max() > 1e-3
+
+
+def test_balance_of_a_dense_model_is_refused(recipe, tmp_path):
+    with pytest.raises(InputError, match=r"^loss\.balance_experts: the model has no experts"):
+        train(recipe(tmp_path, "loss.balance_experts=true"))
 
 
 @pytest.mark.parametrize(
