@@ -292,6 +292,11 @@ def _refuse_what_is_left(fields: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: mlp_bias is not supported")
     if fields.pop("use_mrope", False):  # Qwen2.5 checkpoints say false
         raise InputError(f"{where}: use_mrope is not supported")
+    if fields.pop("quantization_config", None):
+        raise InputError(
+            f"{where}: quantization_config: quantized safetensors are not supported; use the bfloat16 "
+            "checkpoint or a GGUF file"
+        )
     unknown = sorted(set(fields) - _IGNORED)
     if unknown:
         raise InputError(

@@ -73,13 +73,13 @@ Parts = dict[tuple[int, ...], Tensor]
 
 def _parameter(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | None, dtype) -> jax.Array:
     if () in parts:
-        return _place(parts, shape, sharding, dtype)
+        return _place(parts, shape, sharding, dtype).block_until_ready()
     row_sharding = sharding and NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     stack = jnp.zeros(shape, dtype, device=sharding)
     for layer in range(shape[0]):
         rows = {index[1:]: tensor for index, tensor in parts.items() if index[0] == layer}
         stack = _set_row(stack, _place(rows, shape[1:], row_sharding, dtype), layer)
-        stack.block_until_ready()  # else rows would pile up on the host
+        stack.block_until_ready()  # else rows would pile up on the host, as parameters above
     return stack
 
 

@@ -112,6 +112,8 @@ class RewardConfig:
       overlong: "mask" keeps truncated completions out of the baseline and the loss (DAPO, 2503.14476).
       overlong_buffer: tokens before the limit over which a penalty grows from 0 to 1 (DAPO eq. 13).
       zero_variance: "drop" keeps groups whose rewards are all equal out of the loss's denominator.
+      resample: how many times such groups are answered and graded anew, in the same step (in the spirit
+        of DAPO's dynamic sampling, which draws other prompts).
     """
 
     criteria: Literal["signed", "positive"] = "signed"
@@ -121,6 +123,7 @@ class RewardConfig:
     overlong: Literal["keep", "mask"] = "keep"
     overlong_buffer: int = 0
     zero_variance: Literal["keep", "drop"] = "keep"
+    resample: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +286,7 @@ class TrainConfig:
             "loss.clip_high": self.loss.clip_high,
             "loss.entropy_coef": self.loss.entropy_coef,
             "reward.overlong_buffer": self.reward.overlong_buffer,
+            "reward.resample": self.reward.resample,
             "optimizer.learning_rate": o.learning_rate,
             "optimizer.warmup_steps": o.warmup_steps,
             "optimizer.weight_decay": o.weight_decay,

@@ -7,18 +7,21 @@ is in `session.py`.
 """
 
 import jax
+import numpy as np
 
 from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import SelfRewarder, rewards_of
+from srrl_jax.training.experience import SelfRewarder, Task, rewards_of
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
-from srrl_jax.training.rewards import relative_rewards, training_rewards
+from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
 from srrl_jax.training.run import check_run, load_tasks
 from srrl_jax.training.session import Session
+
+TRAIN, HELD_OUT = 0, 1  # streams of random keys within a step; resampled groups have those from 2 on
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -42,16 +45,27 @@ def train(config: TrainConfig) -> TrainState:
         with Session(config, changes) as session:
             state = session.resume(learner.start())
 
-            def keys_of(step: int, held_out: bool) -> jax.Array:
+            def keys_of(step: int, stream: int) -> jax.Array:
                 """Random keys of the rollout and of the grading of a step."""
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
-                return jax.random.split(jax.random.fold_in(key, held_out))
+                return jax.random.split(jax.random.fold_in(key, stream))
 
             def judge():
                 return state.params if config.grader == "policy" else learner.frozen
 
+            def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
+                rollout_key, grade_key = keys_of(step, stream)
+                # 1. The policy answers every prompt with a group of completions.
+                with session.phase("rollout") as on_wave:
+                    groups = rewarder.rollout(state.params, tasks, config.group_size, rollout_key, on_wave)
+                # 2. The same weights (or the frozen ones) judge every answer by every criterion.
+                with session.phase("grade") as on_wave:
+                    graded = rewarder.grade(judge(), tasks, groups, grade_key, on_wave)
+                longest = config.rollout.max_new_tokens
+                return groups, graded, training_rewards(tasks, groups, graded, config.reward, longest)
+
             def evaluate(step: int) -> tuple[dict, list]:
-                rollout_key, grade_key = keys_of(step, held_out=True)
+                rollout_key, grade_key = keys_of(step, HELD_OUT)
                 with session.phase("eval") as on_wave:
                     groups = rewarder.rollout(
                         state.params, held_out, config.eval.samples, rollout_key, on_wave
@@ -64,24 +78,17 @@ def train(config: TrainConfig) -> TrainState:
                 session.write(0, state, *evaluate(0))
 
             for step in range(session.step + 1, config.steps + 1):
-                rollout_key, grade_key = keys_of(step, held_out=False)
                 rows = step_rows(len(tasks), config.prompts_per_step, step - 1, config.seed)
                 batch_tasks = [tasks[row] for row in rows]
 
-                # 1. The policy answers every prompt with a group of completions.
-                with session.phase("rollout") as on_wave:
-                    groups = rewarder.rollout(
-                        state.params, batch_tasks, config.group_size, rollout_key, on_wave
-                    )
-
-                # 2. The same weights (or the frozen ones) judge every answer by every criterion.
-                with session.phase("grade") as on_wave:
-                    graded = rewarder.grade(judge(), batch_tasks, groups, grade_key, on_wave)
-
+                groups, graded, rewards = experience(batch_tasks, step, TRAIN)
+                for attempt in range(config.reward.resample):
+                    if not (alike := np.flatnonzero(without_variance(rewards)).tolist()):
+                        break
+                    again = experience([batch_tasks[i] for i in alike], step, HELD_OUT + 1 + attempt)
+                    for i, *new in zip(alike, *again, strict=True):
+                        groups[i], graded[i], rewards[i] = new
                 # 3. Rewards relative to the group; an answer without a reward does not count.
-                rewards = training_rewards(
-                    batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens
-                )
                 advantages, scored = relative_rewards(rewards, config.loss, config.reward)
                 minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)
 

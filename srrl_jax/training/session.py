@@ -96,7 +96,8 @@ class Session:
             self._preemption.check()
         with self._live.phase(name):
             yield progress
-        self.times[f"time/{name}"] = time.perf_counter() - start
+        name = f"time/{name}"  # a phase may come several times in a step
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
 
     def note_skipped(self, step: int, learnt: Sequence[dict], minibatches: Sequence[UpdateBatch]) -> None:
         """Counts and tells of a step's updates that were skipped."""

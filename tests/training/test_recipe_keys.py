@@ -88,6 +88,12 @@ def clipping(name: str) -> Callable[[Seen, Seen], bool]:
     return lambda one, other: other.metrics[1][name] > one.metrics[1][name]
 
 
+def fewer_alike(one: Seen, other: Seen) -> bool:
+    """Groups without variance, over the run; where a first group had variance, it was kept."""
+    share = [sum(m["reward/zero_std_groups"] for m in seen.metrics) for seen in (one, other)]
+    return share[1] < share[0]
+
+
 def metric(name: str) -> Callable[[Seen, Seen], bool]:
     return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
 
@@ -192,6 +198,7 @@ KEYS = {
     "reward.overlong": Key("mask", learning, CUT),
     "reward.overlong_buffer": Key("60", learning),
     "reward.zero_variance": Key("drop", learning, (*KIND_ONLY, "prompts_per_step=4")),
+    "reward.resample": Key("2", fewer_alike, KIND_ONLY),
     "loss.advantage": Key("mean", learning),
     "loss.ratio": Key("sequence", learning),
     "loss.aggregate": Key("sequence", learning),
