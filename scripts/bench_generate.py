@@ -1,6 +1,10 @@
 """Rollout speed: prompts x group completions, sampled, none stopping early. Prints one JSON line.
 
 python scripts/bench_generate.py CKPT --prompts 8 --group 4 --prompt-len 256 --new 128
+
+With --lengths geometric, four times as many prompts on the same slots, and completions that stop after a
+quarter of --new tokens on average, beside the same run with each padded to --new; both rates count the
+tokens up to the stop.
 """
 
 from benchlib import Roofline, arguments, limit_threads, measure, report
@@ -12,6 +16,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--lengths", default="fixed", choices=["fixed", "geometric"])
     args = parser.parse_args()
     limit_threads(args.threads)
 
@@ -23,21 +28,43 @@ def main() -> None:
     from srrl_jax.sampling import Buckets, Sampler
 
     model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
-    ids = np.random.default_rng(0).integers(2, model.config.vocab_size, (args.prompts, args.prompt_len))
-    buckets = Buckets(prefix=(args.prompt_len,), fan_out=(args.group,), rows=(args.prompts,))
-    sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=[model.config.vocab_size])
-    params, branches = nnx.state(model), [[[]] * args.group] * args.prompts
+    params, vocab, draw = nnx.state(model), model.config.vocab_size, np.random.default_rng(0)
+    geometric = args.lengths == "geometric"
+    prompts = args.prompts * (4 if geometric else 1)
+    ids = draw.integers(2, vocab, (prompts, args.prompt_len)).tolist()
+    rows = (max(1, args.prompts // 4), args.prompts) if geometric else (args.prompts,)
+    buckets = Buckets(prefix=(args.prompt_len,), fan_out=(args.group,), rows=rows)
+    produced = {}
 
-    def run(rep: int) -> None:
-        sampler.generate(params, ids.tolist(), branches, jax.random.key(rep))
+    def runner(stop_ids):
+        sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=stop_ids)
 
-    times = measure(run, args.reps)
-    roof, rows = Roofline(args.ckpt), args.prompts * args.group
-    least = roof.prefill(args.prompts * args.prompt_len, args.prompt_len / 2, args.prompts)
-    least += roof.decode(rows, args.prompts, args.prompt_len, 0, args.new - 1)
+        def run(rep: int) -> None:
+            results = sampler.generate(params, ids, [[[]] * args.group] * prompts, jax.random.key(rep))
+            produced[rep] = sum(len(completion.tokens) for row in results for completion in row)
+
+        return run
+
+    times = measure(runner([vocab]), args.reps)  # no such token: nothing stops
+    if geometric:
+        # One token in new / 4 is a stop.
+        stopping = measure(runner(draw.permutation(vocab)[: vocab * 4 // args.new]), args.reps)
+        tokens = sum(produced[rep] for rep in range(1, args.reps + 1)) / args.reps
+        report(
+            "srrl_generate_geometric",
+            new_tok_s=tokens / stopping["s"],
+            padded_tok_s=tokens / times["s"],
+            ratio=times["s"] / stopping["s"],
+            mean_length=tokens / (prompts * args.group),
+            **stopping,
+        )
+        return
+    roof, branches = Roofline(args.ckpt), prompts * args.group
+    least = roof.prefill(prompts * args.prompt_len, args.prompt_len / 2, prompts)
+    least += roof.decode(branches, prompts, args.prompt_len, 0, args.new - 1)
     report(
         "srrl_generate",
-        new_tok_s=rows * args.new / times["s"],
+        new_tok_s=branches * args.new / times["s"],
         **times,
         roofline_fraction=least / times["s"],
         gemm_gflops=roof.gemm / 1e9,

@@ -9,7 +9,7 @@ Every parameter names its logical axes where it is created (metadata `axes`); th
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models.attention import Segment, attend, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.modules import MLP, Linear, Scale
+from srrl_jax.models.modules import MLP, Linear, Scale, project
 from srrl_jax.models.moe import MoE
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
@@ -29,6 +29,11 @@ _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+# What attention does with q [N, B, T, H, D] and k, v [N, B, T, K, D]: the caller's, who has the context.
+# Returns [N, B, T, H * D], and whatever the caller keeps of the layer.
+Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -42,8 +47,8 @@ class Attention(nnx.Module):
         self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, cos, sin, context: list[Segment], own_mask: jax.Array, kernel: str):
-        """x [N, B, T, hidden] -> the same shape, and its keys and values [N, K, B, T, D]."""
+    def __call__(self, x, cos, sin, look: Look):
+        """x [N, B, T, hidden] -> the same shape, and what `look` keeps."""
 
         def heads(y):
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
@@ -51,9 +56,8 @@ class Attention(nnx.Module):
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-        return self.o_proj(attend(q, [*context, Segment(k, v, own_mask)], kernel)), (k, v)
+        y, kept = look(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(y), kept
 
 
 class Layer(nnx.Module):
@@ -66,13 +70,13 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, stack, rngs=rngs)
 
-    def __call__(self, x, mask, cos, sin, context, own_mask, kernel):
-        """The new x, its keys and values, and the load of the experts (None in a dense layer)."""
-        y, kv = self.self_attn(self.input_layernorm(x), cos, sin, context, own_mask, kernel)
+    def __call__(self, x, mask, cos, sin, look: Look):
+        """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
+        y, kept = self.self_attn(self.input_layernorm(x), cos, sin, look)
         x = x + y
         y = self.post_attention_layernorm(x)
         y, load = self.mlp(y, mask) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
-        return x + y, kv, load
+        return x + y, kept, load
 
 
 class Qwen3(nnx.Module):
@@ -187,7 +191,12 @@ class Qwen3(nnx.Module):
                         s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments
                     ]
                     allowed = allowed & near(positions, positions, window)
-                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, segments, allowed, kernel)
+
+                def look(q, k, v):
+                    k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
+                    return attend(q, [*segments, Segment(k, v, allowed)], kernel), (k, v)
+
+                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look)
                 return constrain(x, "batch", None, None, None), new
 
             if remat != "none":
@@ -213,12 +222,7 @@ class Qwen3(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden] -> float32 logits [..., V]; for few positions (see `head.py`)."""
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            self.head.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return project(hidden, self.head, jnp.float32)
 
 
 def _runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:

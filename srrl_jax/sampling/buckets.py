@@ -2,8 +2,9 @@
 
 import bisect
 import dataclasses
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from srrl_jax.errors import InputError
 
@@ -16,7 +17,8 @@ class Buckets:
       prefix: tokens of a prefix.
       branch: tokens that a branch brings along (a criterion); (0,) where it starts empty (a rollout).
       fan_out: branches of a row.
-      rows: rows of a wave; the largest bounds the memory.
+      rows: rows that are prefilled together. The largest times the fan-out are the branches that run at a
+        time; up to twice as many rows are kept, where more are waiting.
     """
 
     prefix: tuple[int, ...]
@@ -50,12 +52,10 @@ def _rung(length: int, least: int) -> int:
     return size if length else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Wave:
-    """Rows (by index) that run together, and the table's sizes that they are padded to."""
+class Wave(NamedTuple):
+    """Rows (by index, -1 is padding) that are prefilled together, and the sizes that they are padded to."""
 
     indices: tuple[int, ...]
-    rows: int
     prefix: int
     fan_out: int
     branch: int
@@ -76,13 +76,15 @@ def fit(size: int, sizes: tuple[int, ...], what: str) -> int:
     return sizes[place]
 
 
-def plan_waves(prefix_lengths: list[int], branch_lengths: list[list[int]], buckets: Buckets) -> list[Wave]:
-    """Sorts rows into waves of equal bucket sizes, longest prefixes first.
+def sort_rows(
+    prefix_lengths: list[int], branch_lengths: list[list[int]], buckets: Buckets
+) -> list[tuple[int, tuple[int, int, int]]]:
+    """Rows (by index) with their sizes (prefix, fan-out, branch) of the table, longest first.
 
     Raises:
       InputError: an empty prefix, no branch, or something over the table; names the row.
     """
-    groups = defaultdict(list)
+    rows = []
     for row, (prefix, branches) in enumerate(zip(prefix_lengths, branch_lengths, strict=True)):
         if prefix == 0 or not branches:
             raise InputError(f"row {row}: needs at least one prefix token and one branch")
@@ -91,11 +93,22 @@ def plan_waves(prefix_lengths: list[int], branch_lengths: list[list[int]], bucke
             fit(len(branches), buckets.fan_out, f"row {row}: list of branches"),
             fit(max(branches), buckets.branch, f"row {row}: longest branch"),
         )
-        groups[sizes].append(row)
-    waves = []
-    for (prefix, fan_out, branch), rows in sorted(groups.items(), reverse=True):
-        for start in range(0, len(rows), buckets.rows[-1]):
-            indices = tuple(rows[start : start + buckets.rows[-1]])
-            size = fit(len(indices), buckets.rows, "wave")
-            waves.append(Wave(indices, size, prefix, fan_out, branch))
+        rows.append((row, sizes))
+    return sorted(rows, key=lambda entry: (entry[1], prefix_lengths[entry[0]]), reverse=True)
+
+
+def plan_waves(prefix_lengths: list[int], branch_lengths: list[list[int]], buckets: Buckets) -> list[Wave]:
+    """All rows in waves of one size, longest first, each as large as the table has it.
+
+    Raises:
+      InputError: as `sort_rows`.
+    """
+    waves, most = [], buckets.rows[-1]
+    ordered = sort_rows(prefix_lengths, branch_lengths, buckets)
+    for sizes, group in itertools.groupby(ordered, key=lambda entry: entry[1]):
+        rows = [row for row, _ in group]
+        for start in range(0, len(rows), most):
+            indices = rows[start : start + most]
+            padding = fit(len(indices), buckets.rows, "wave") - len(indices)
+            waves.append(Wave((*indices, *[-1] * padding), *sizes))
     return waves

@@ -1,4 +1,4 @@
-"""The two jitted programs of sampling: prefill and decode."""
+"""The jitted programs of sampling: prefill; then admit, decode and resize, on one state of what runs."""
 
 from functools import partial
 from typing import NamedTuple
@@ -6,144 +6,296 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models.attention import Segment
+from srrl_jax.models.config import Qwen3Config
+from srrl_jax.models.decoder import Rows, Slots, pick
 from srrl_jax.models.tree import TreeBatch, last_states
+from srrl_jax.parallel import constrain
 from srrl_jax.sampling.tokens import choose
 
 
-class Decoded(NamedTuple):
-    """New tokens int32 and log-probabilities float32 [N, B, M]; lengths int32 and stopped bool [N, B].
+class Running(NamedTuple):
+    """Resident prefixes, and the branches that run on them.
 
-    A length counts the stop token; a branch that never stopped has length M.
+    Of each of the S slots: `keys` random keys; `drawn` int32, tokens drawn so far; `last` int32, the
+    newest of them, not yet in the cache; `alive` bool, false in a slot that is free or has finished.
     """
+
+    rows: Rows
+    slots: Slots
+    keys: jax.Array
+    drawn: jax.Array
+    last: jax.Array
+    alive: jax.Array
+
+
+class Drawn(NamedTuple):
+    """Tokens int32 and log-probabilities float32 [S, C]; how many each slot drew int32, alive bool [S]."""
 
     tokens: jax.Array
     logprobs: jax.Array
-    lengths: jax.Array
-    stopped: jax.Array
+    counts: jax.Array
+    alive: jax.Array
 
 
-@partial(jax.jit, static_argnames=("graphdef", "new_tokens"))
-def prefill(graphdef, params, tree: TreeBatch, *, new_tokens: int) -> tuple[jax.Array, Segment, Segment]:
+class Rule(NamedTuple):
+    """How tokens are drawn and when a branch ends, traced: a change does not compile again.
+
+    `stop_ids` int32 [any], each of which ends a branch; `limit` int32, its most tokens; for the rest see
+    `choose`.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    allowed: jax.Array
+    stop_ids: jax.Array
+    limit: jax.Array
+
+
+class Places(NamedTuple):
+    """Where arrivals go, by shard of the mesh; -1 leaves what is there.
+
+    `rows` int32 [R, N / R] and `branches` int32 [R, S / R]: the arrived row, or the cell of the arrived
+    branch, that comes here; `slots` and `cells`: of `Rows` and `Slots`, as they are to be.
+    """
+
+    rows: jax.Array
+    branches: jax.Array
+    slots: jax.Array
+    cells: jax.Array
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def prefill(graphdef, params, tree: TreeBatch) -> tuple[jax.Array, Segment, Segment | None]:
     """Runs the prefixes once and the branches' given tokens on top of them.
 
     Returns:
       The states [N, B, hidden] that predict each branch's first new token; the prefixes' keys and
-      values, shared by a row's branches; and the branches' own, with room for the new tokens.
+      values, shared by a row's branches; and those of the branches' given tokens, None where they have
+      no room for any.
     """
-    model = nnx.merge(graphdef, params)
-    state, prefix, own = last_states(model, tree)
-    if own is None:
-        layers, n, k, _, _, d = prefix.k.shape
-        b = tree.branches.shape[1]
-        empty = jnp.zeros((layers, n, k, b, 0, d), prefix.k.dtype)
-        own = Segment(empty, empty, jnp.zeros((n, b, 1, 0), bool), jnp.zeros((n, b, 0), jnp.int32))
-    room = [(0, 0)] * 4 + [(0, new_tokens), (0, 0)]
-    mask = jnp.pad(own.mask, [(0, 0)] * 3 + [(0, new_tokens)])
-    new = _first_position(tree)[..., None] + jnp.arange(new_tokens)
-    positions = jnp.concatenate([own.positions, new], axis=-1)
-    return state, prefix, Segment(jnp.pad(own.k, room), jnp.pad(own.v, room), mask, positions)
+    return last_states(nnx.merge(graphdef, params), tree)
 
 
-def _first_position(tree: TreeBatch) -> jax.Array:
-    """Of each branch's first new token [N, B]; its key lies further on, after the branch's padding."""
-    return tree.prefix_lengths[:, None] + tree.branch_lengths
+@partial(jax.jit, static_argnames=("config", "dtype", "rows", "cells", "slots", "shards", "prefix", "width"))
+def empty(
+    key,
+    config: Qwen3Config,
+    dtype,
+    *,
+    rows: int,
+    cells: int,
+    slots: int,
+    shards: int,
+    prefix: int,
+    width: int,
+) -> Running:
+    """Nothing runs yet: N rows of B cells, S slots, room for P prefix tokens and W own ones.
+
+    Any `key` shows the kind of random keys to come.
+    """
+
+    def cache(n, *last):
+        shape = (n, config.num_key_value_heads, *last)
+        return tuple(
+            constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
+            for _ in range(config.num_hidden_layers)
+        )
+
+    d, none = config.head_dim, jnp.zeros(slots, jnp.int32)
+    grid = Rows(
+        cache(rows, d, prefix), cache(rows, prefix, d), jnp.ones(rows, jnp.int32),
+        jnp.zeros((shards, rows * cells // shards), jnp.int32),
+    )  # fmt: skip
+    own = Slots(
+        cache(slots, d, width), cache(slots, width, d), none, none,
+        jnp.zeros((shards, slots // shards), jnp.int32), jnp.int32(0),
+    )  # fmt: skip
+    return Running(grid, own, jax.random.split(key, slots), none, none, jnp.zeros(slots, bool))
 
 
-class _Loop(NamedTuple):
-    step: jax.Array
-    last: jax.Array  # the newest token of each branch [N, B]
-    own: Segment
-    out: Decoded
+@partial(jax.jit, static_argnames=("prefix", "width"))
+def resize(running: Running, shift: jax.Array, *, prefix: int, width: int) -> Running:
+    """Moves own tokens `shift` columns to the left and gives the caches other sizes.
+
+    What falls out at either end must be of no branch any more.
+    """
+
+    def along(x, axis, size):
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (size, size)
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(x, pads), size + shift, size, axis)
+
+    def fitted(x, axis):
+        if x.shape[axis] >= prefix:
+            return jax.lax.slice_in_dim(x, 0, prefix, axis=axis)
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, prefix - x.shape[axis])
+        return jnp.pad(x, pads)
+
+    rows, slots = running.rows, running.slots
+    rows = rows._replace(k=tuple(fitted(k, 3) for k in rows.k), v=tuple(fitted(v, 2) for v in rows.v))
+    slots = slots._replace(
+        k=tuple(along(k, 3, width) for k in slots.k),
+        v=tuple(along(v, 2, width) for v in slots.v),
+        end=slots.end - shift,
+    )
+    return running._replace(rows=rows, slots=slots)
+
+
+@partial(jax.jit, static_argnames=("decoder", "top_k", "truncates"), donate_argnames=("running",))
+def admit(
+    decoder,
+    params,
+    running: Running,
+    state: jax.Array,
+    prefix: Segment,
+    own: Segment | None,
+    tree: TreeBatch,
+    keys: jax.Array,
+    places: Places,
+    rule: Rule,
+    *,
+    top_k: int,
+    truncates: bool,
+) -> tuple[jax.Array, jax.Array, Running]:
+    """Draws the first token of branches that `prefill` has made ready, and puts them into slots.
+
+    Args:
+      decoder, params: graph and state of a `Decoder`.
+      state, prefix, own: what `prefill` returned of `tree`.
+      keys: a random key for each branch [n, B]; token i is drawn with fold_in(key, i).
+    Returns:
+      Token and log-probability [n, B] of the branches' first tokens, and what runs now.
+    """
+    rows, slots = running.rows, running.slots
+    n, b = tree.branch_lengths.shape
+
+    def place(index, new, old):
+        chosen = index.reshape(-1) >= 0
+        new = pick(new, jnp.maximum(index, 0))
+        return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    def into_rows(new, old, axis):  # new [n, K, 1, P, D]
+        new = new[:, :, 0].astype(old.dtype)
+        new = jnp.pad(new, [(0, 0), (0, 0), (0, old.shape[axis] - new.shape[2]), (0, 0)])
+        return place(places.rows, new.swapaxes(2, 3) if axis == 3 else new, old)
+
+    def into_slots(new, old, axis):  # new [n, K, B, L, D]: from the left to where the next one is at `end`
+        new = new.swapaxes(1, 2).reshape(n * b, new.shape[1], *new.shape[3:]).astype(old.dtype)
+        column = jnp.arange(old.shape[axis]) - (slots.end - tree.branch_lengths.reshape(-1, 1))
+        column = jnp.clip(column, 0, new.shape[2] - 1)[:, None, :, None]
+        new = jnp.take_along_axis(new, column, axis=2)
+        return place(places.branches, new.swapaxes(2, 3) if axis == 3 else new, old)
+
+    rows = Rows(
+        tuple(into_rows(prefix.k[i], k, 3) for i, k in enumerate(rows.k)),
+        tuple(into_rows(prefix.v[i], v, 2) for i, v in enumerate(rows.v)),
+        place(places.rows, tree.prefix_lengths, rows.lengths),
+        places.slots,
+    )
+    if own is not None:
+        slots = slots._replace(
+            k=tuple(into_slots(own.k[i], k, 3) for i, k in enumerate(slots.k)),
+            v=tuple(into_slots(own.v[i], v, 2) for i, v in enumerate(slots.v)),
+        )
+    lengths = tree.branch_lengths.reshape(-1)
+    slots = slots._replace(
+        lengths=place(places.branches, lengths, slots.lengths),
+        positions=place(places.branches, lengths + jnp.repeat(tree.prefix_lengths, b), slots.positions),
+        cells=places.cells,
+    )
+    token, logprob = _draw(
+        nnx.merge(decoder, params), state, keys, jnp.zeros((n, b), jnp.int32), rule, top_k, truncates
+    )
+    here = places.branches.reshape(-1) >= 0
+    last = place(places.branches, token.reshape(-1), running.last)
+    running = Running(
+        rows,
+        slots,
+        place(places.branches, keys.reshape(-1), running.keys),
+        jnp.where(here, 1, running.drawn),
+        last,
+        jnp.where(here, ~_ends(last, jnp.int32(1), rule), running.alive),
+    )
+    return _whole(token), _whole(logprob), running
 
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "new_tokens", "top_k", "truncates"),
-    donate_argnames=("own",),
+    static_argnames=("decoder", "chunk", "top_k", "truncates"),
+    donate_argnames=("running",),
 )
 def decode(
-    graphdef,
+    decoder,
     params,
-    state: jax.Array,
-    prefix: Segment,
-    own: Segment,
-    tree: TreeBatch,
-    keys: jax.Array,
-    active: jax.Array,
-    stop_ids: jax.Array,
-    sampling: tuple[jax.Array, jax.Array, jax.Array],
+    running: Running,
+    rule: Rule,
+    enough: jax.Array,
     *,
-    new_tokens: int,
+    chunk: int,
     top_k: int,
     truncates: bool,
-    allowed: jax.Array,
-) -> tuple[Decoded, Segment]:
-    """Samples until every branch has stopped or holds `new_tokens`.
+) -> tuple[Drawn, Running]:
+    """Draws up to `chunk` tokens in every slot that is alive.
 
     Args:
-      state, prefix, own: what `prefill` returned; `own` is donated and comes back filled, so that
-        its buffers are written in place.
-      keys: a random key for each branch [N, B]; the i-th token is drawn with fold_in(key, i), so it
-        does not depend on what else is in the batch.
-      active: bool [N, B], false at padding, which counts as stopped from the start.
-      stop_ids: int [S]; any of them ends a branch.
-      sampling: temperature, top_p, min_p; see `choose` for the rest.
+      decoder, params: graph and state of a `Decoder`.
+      running: donated; its caches need room for `chunk` columns from `end` on.
+      enough: int scalar; ends early when no more than this many slots are alive, so that others enter.
     """
-    model = nnx.merge(graphdef, params)
-    temperature, top_p, min_p = sampling
-    given = tree.branches.shape[-1]
-    start = _first_position(tree)
+    model = nnx.merge(decoder, params)
+    size = running.alive.shape[0]
 
-    def draw(state, step):
-        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, step)))(keys)
-        return choose(
-            model.logits(state),
-            step_keys,
-            temperature,
-            top_p,
-            min_p,
-            top_k=top_k,
-            truncates=truncates,
-            allowed=allowed,
+    def more_to_do(loop):
+        step, running, _ = loop
+        return (step < chunk) & (running.alive.sum() > enough)
+
+    def one_token(loop):
+        step, running, out = loop
+        state, slots = model.step(running.last, running.alive, running.rows, running.slots)
+        token, logprob = _draw(model, state, running.keys, running.drawn, rule, top_k, truncates)
+        alive, drawn = running.alive, running.drawn + running.alive
+        out = Drawn(
+            jax.lax.dynamic_update_slice(out.tokens, jnp.where(alive, token, 0)[:, None], (0, step)),
+            jax.lax.dynamic_update_slice(out.logprobs, jnp.where(alive, logprob, 0.0)[:, None], (0, step)),
+            out.counts + alive,
+            alive & ~_ends(token, drawn, rule),
         )
+        return step + 1, running._replace(slots=slots, drawn=drawn, last=token, alive=out.alive), out
 
-    def record(out: Decoded, token, logprob, step) -> Decoded:
-        alive = ~out.stopped
-        return Decoded(
-            out.tokens.at[:, :, step].set(jnp.where(alive, token, 0)),
-            out.logprobs.at[:, :, step].set(jnp.where(alive, logprob, 0.0)),
-            out.lengths + alive,
-            out.stopped | (token[..., None] == stop_ids).any(-1),
-        )
-
-    def more_to_do(loop: _Loop):
-        return (loop.step < new_tokens) & ~loop.out.stopped.all()
-
-    def one_token(loop: _Loop) -> _Loop:
-        slot = loop.step - 1
-        state, (k, v) = model.extend(
-            loop.last[..., None],
-            (start + slot)[..., None],
-            jnp.ones((*loop.last.shape, 1), bool),
-            [prefix, loop.own],
-        )
-        at = (0, 0, 0, 0, given + slot, 0)
-        own = loop.own._replace(
-            k=jax.lax.dynamic_update_slice(loop.own.k, k, at),
-            v=jax.lax.dynamic_update_slice(loop.own.v, v, at),
-            mask=loop.own.mask.at[..., given + slot].set(True),
-        )
-        token, logprob = draw(state[:, :, 0], loop.step)
-        return _Loop(loop.step + 1, token, own, record(loop.out, token, logprob, loop.step))
-
-    shape = (*tree.branch_lengths.shape, new_tokens)
-    out = Decoded(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape[:2], jnp.int32), ~active,
+    nothing = Drawn(
+        jnp.zeros((size, chunk), jnp.int32), jnp.zeros((size, chunk), jnp.float32),
+        jnp.zeros(size, jnp.int32), running.alive,
     )  # fmt: skip
-    token, logprob = draw(state, 0)
-    first = _Loop(jnp.int32(1), token, own, record(out, token, logprob, 0))
-    end = jax.lax.while_loop(more_to_do, one_token, first)
-    return end.out, end.own
+    _, running, out = jax.lax.while_loop(more_to_do, one_token, (jnp.int32(0), running, nothing))
+    return jax.tree.map(_whole, out), running
+
+
+def _draw(model, state, keys, number, rule: Rule, top_k: int, truncates: bool):
+    """Token and log-probability [...] from states [..., hidden]: draw `number` [...] of each key [...]."""
+    fold = jax.random.fold_in
+    for _ in number.shape:
+        fold = jax.vmap(fold)
+    return choose(
+        model.logits(state),
+        fold(keys, number),
+        rule.temperature,
+        rule.top_p,
+        rule.min_p,
+        top_k=top_k,
+        truncates=truncates,
+        allowed=rule.allowed,
+    )
+
+
+def _ends(token, drawn, rule: Rule) -> jax.Array:
+    return (token[..., None] == rule.stop_ids).any(-1) | (drawn >= rule.limit)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device: what the host decides by is the same for each process."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())

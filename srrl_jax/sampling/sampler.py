@@ -1,18 +1,22 @@
 """The sampler: lists of tokens in, completions out."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, TreeBatch
+from srrl_jax.models.decoder import Decoder
 from srrl_jax.parallel import place_batch, row_shards
-from srrl_jax.sampling.buckets import Buckets, Wave, plan_waves
-from srrl_jax.sampling.decode import decode, prefill
+from srrl_jax.sampling.buckets import Buckets, Wave
+from srrl_jax.sampling.decode import Rule, Running, admit, decode, empty, prefill, resize
+from srrl_jax.sampling.schedule import Schedule
 from srrl_jax.sampling.tokens import SamplingConfig
 
 
@@ -69,12 +73,10 @@ class Sampler:
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
         self.graphdef = nnx.graphdef(model)
-        self.buckets, self.new_tokens, self.sampling, self.mesh = (
-            buckets,
-            new_tokens,
-            sampling,
-            mesh,
-        )
+        unstacked = nnx.eval_shape(lambda params: Decoder(nnx.merge(self.graphdef, params)), nnx.state(model))
+        self.decoder = nnx.graphdef(unstacked)
+        self.config, self.dtype, self.shards = model.config, model.dtype, cut
+        self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
         self.stop_ids = tuple(stop_ids)
 
@@ -97,55 +99,110 @@ class Sampler:
           key: a typed random key. Token i of branch b of a row is drawn with the key folded with
             (row id, b, i): independent of order, padding, waves and mesh.
           row_ids: a number for each row to fold in; its index by default.
-          on_wave: told branches finished and their total after each wave.
+          on_wave: told branches finished and their total after each chunk of tokens.
         Raises:
           InputError: a row that the bucket table does not hold; nothing has run by then.
         """
         row_ids = range(len(prefixes)) if row_ids is None else row_ids
-        lengths = [[len(branch) for branch in row] for row in branches]
-        waves = plan_waves([len(prefix) for prefix in prefixes], lengths, self.buckets)
-        results: list[list[Completion]] = [[] for _ in prefixes]
-        total, done = sum(map(len, branches)), 0
-        for wave in waves:
-            decoded = self._run(params, wave, prefixes, branches, key, row_ids)
-            for place, row in enumerate(wave.indices):
-                results[row] = [
-                    Completion(
-                        decoded.tokens[place, b, :length],
-                        decoded.logprobs[place, b, :length],
-                        not decoded.stopped[place, b],
-                    )
-                    for b, length in enumerate(decoded.lengths[place, : len(branches[row])])
-                ]
-                done += len(branches[row])
-            on_wave(done, total)
-        return results
-
-    def _run(self, params, wave: Wave, prefixes, branches, key, row_ids):
-        tree, active, ids = pack(wave, prefixes, branches, row_ids)
-        tree, active, ids = (self._place(x) for x in (tree, active, ids))
-        state, prefix, own = prefill(self.graphdef, params, tree, new_tokens=self.new_tokens)
-        s = self.sampling
-        decoded, _ = decode(
-            self.graphdef,
-            params,
-            state,
-            prefix,
-            own,
-            tree,
-            _branch_keys(key, ids, wave.fan_out),
-            active,
-            jnp.asarray(self.stop_ids, jnp.int32),
-            tuple(jnp.float32(x) for x in (s.temperature, s.top_p, s.min_p)),
-            new_tokens=self.new_tokens,
-            top_k=s.top_k,
-            truncates=s.truncates,
-            allowed=jnp.int32(self.allowed),
+        schedule = Schedule(
+            [len(prefix) for prefix in prefixes],
+            [[len(branch) for branch in row] for row in branches],
+            self.buckets,
+            self.new_tokens,
+            self.shards,
         )
-        return jax.device_get(decoded)
+        drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
+        total, done = sum(map(len, branches)), 0
+        decoder, rule, running = _unstack(self.graphdef, params), self._rule(), None
+        options = dict(top_k=self.sampling.top_k, truncates=self.sampling.truncates)
+        while schedule.waiting or schedule.running.any():
+            firsts = []
+            while wave := schedule.next_wave():
+                running = self._resize(running, schedule, wave, key)
+                arrived = self._prefill(params, wave, prefixes, branches, key, row_ids)
+                places = self._place(schedule.enter(wave))
+                token, logprob, running = admit(
+                    self.decoder, decoder, running, *arrived, places, rule, **options
+                )
+                firsts.append((wave, token, logprob))
+            running = self._resize(running, schedule, None, key)
+            out, running = decode(
+                self.decoder,
+                decoder,
+                running,
+                rule,
+                self._put(np.int32(schedule.enough())),
+                chunk=schedule.chunk,
+                **options,
+            )
+            firsts, out = jax.device_get((firsts, out))
+            for wave, token, logprob in firsts:
+                for seat, row in enumerate(wave.indices):
+                    for b, (tokens, logprobs) in enumerate(drawn[row] if row >= 0 else ()):
+                        tokens.append(token[seat, b : b + 1])
+                        logprobs.append(logprob[seat, b : b + 1])
+            for slot, row, b in schedule.branches():
+                tokens, logprobs = drawn[row][b]
+                tokens.append(out.tokens[slot, : out.counts[slot]])
+                logprobs.append(out.logprobs[slot, : out.counts[slot]])
+                done += not out.alive[slot]
+            schedule.advance(out.counts, out.alive)
+            on_wave(done, total)
+        return [[self._completion(*branch) for branch in row] for row in drawn]
+
+    def _completion(self, tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
+        tokens = np.concatenate(tokens)
+        return Completion(tokens, np.concatenate(logprobs), int(tokens[-1]) not in self.stop_ids)
+
+    def _resize(self, running: Running | None, schedule: Schedule, wave: Wave | None, key) -> Running:
+        """Gives the caches room for a wave to enter and for the next chunk."""
+        prefix, width, shift = schedule.sizes(wave)
+        if running is None:
+            schedule.resized(prefix, width, shift)
+            running = empty(
+                key, self.config, self.dtype,
+                rows=schedule.row.size, cells=schedule.cells, slots=schedule.length.size,
+                shards=self.shards, prefix=prefix, width=width,
+            )  # fmt: skip
+            slots = running.slots._replace(end=self._put(np.int32(schedule.end)))
+            return running._replace(slots=slots)
+        if (prefix, width, shift) != (schedule.prefix, schedule.width, 0):
+            running = resize(running, self._put(np.int32(shift)), prefix=prefix, width=width)
+            schedule.resized(prefix, width, shift)
+        return running
+
+    def _prefill(self, params, wave: Wave, prefixes, branches, key, row_ids):
+        """What `admit` takes of a wave."""
+        tree, ids = pack(wave, prefixes, branches, row_ids)
+        tree, ids = self._place(tree), self._place(ids)
+        state, prefix, own = prefill(self.graphdef, params, tree)
+        return state, prefix, own, tree, _branch_keys(key, ids, wave.fan_out)
+
+    def _rule(self) -> Rule:
+        s = self.sampling
+        floats = (np.float32(x) for x in (s.temperature, s.top_p, s.min_p))
+        return self._put(
+            Rule(
+                *floats,
+                np.int32(self.allowed),
+                np.asarray(self.stop_ids, np.int32),
+                np.int32(self.new_tokens),
+            )
+        )
+
+    def _put(self, values):
+        """On every device."""
+        if self.mesh is None:
+            return jax.device_put(values)
+        return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
 
     def _place(self, arrays):
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _unstack(graphdef, params):
+    return nnx.state(Decoder(nnx.merge(graphdef, params)))
 
 
 @jax.jit
@@ -158,25 +215,26 @@ def _branch_keys(key: jax.Array, ids: jax.Array, fan_out: int) -> jax.Array:
     return jax.vmap(_fold, (0, None))(_fold(key, ids), jnp.arange(fan_out))
 
 
-def pack(wave: Wave, prefixes, branches, row_ids) -> tuple[TreeBatch, np.ndarray, np.ndarray]:
-    """Pads the rows of a wave to its sizes: a host TreeBatch, active bool [N, B], row ids [N].
+def pack(wave: Wave, prefixes, branches, row_ids) -> tuple[TreeBatch, np.ndarray]:
+    """Pads the rows of a wave to its sizes: a host TreeBatch, and row ids [N].
 
     A padding row is a prefix of one token.
     """
+    size = len(wave.indices)
     tree = TreeBatch(
-        np.zeros((wave.rows, wave.prefix), np.int32),
-        np.ones(wave.rows, np.int32),
-        np.zeros((wave.rows, wave.fan_out, wave.branch), np.int32),
-        np.zeros((wave.rows, wave.fan_out), np.int32),
+        np.zeros((size, wave.prefix), np.int32),
+        np.ones(size, np.int32),
+        np.zeros((size, wave.fan_out, wave.branch), np.int32),
+        np.zeros((size, wave.fan_out), np.int32),
     )
-    active = np.zeros((wave.rows, wave.fan_out), bool)
-    ids = np.zeros(wave.rows, np.uint32)
+    ids = np.zeros(size, np.uint32)
     for place, row in enumerate(wave.indices):
+        if row < 0:
+            continue
         tree.prefix[place, : len(prefixes[row])] = prefixes[row]
         tree.prefix_lengths[place] = len(prefixes[row])
         ids[place] = row_ids[row]
-        active[place, : len(branches[row])] = True
         for b, branch in enumerate(branches[row]):
             tree.branches[place, b, : len(branch)] = branch
             tree.branch_lengths[place, b] = len(branch)
-    return tree, active, ids
+    return tree, ids

@@ -42,9 +42,11 @@ def score(
     total, done = sum(map(len, branches)), 0
     ids = jnp.asarray(candidates, jnp.int32)
     for wave in waves:
-        tree, _, _ = pack(wave, prefixes, branches, range(len(prefixes)))
+        tree, _ = pack(wave, prefixes, branches, range(len(prefixes)))
         logprobs = jax.device_get(_last(sampler.graphdef, params, sampler._place(tree), ids))
         for place, row in enumerate(wave.indices):
+            if row < 0:
+                continue
             results[row] = logprobs[place, : len(branches[row])]
             done += len(branches[row])
         on_wave(done, total)

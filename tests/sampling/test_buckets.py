@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling import Buckets
-from srrl_jax.sampling.buckets import fit, ladder, plan_waves
+from srrl_jax.sampling.buckets import fit, ladder, plan_waves, sort_rows
 
 TABLE = Buckets(prefix=(4, 8, 16), branch=(0, 3, 6), fan_out=(1, 4), rows=(1, 2, 4))
 
@@ -30,19 +30,25 @@ def test_fit():
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(1, 16), st.lists(st.integers(0, 6), min_size=1, max_size=4))))
-def test_waves_hold_every_row_once_at_the_smallest_sizes(rows):
+def test_rows_take_the_smallest_sizes_longest_first(rows):
     prefixes, branches = [prefix for prefix, _ in rows], [lengths for _, lengths in rows]
+    placed = sort_rows(prefixes, branches, TABLE)
+    assert sorted(row for row, _ in placed) == list(range(len(rows)))
+    for row, (prefix, fan_out, branch) in placed:
+        assert prefix == fit(prefixes[row], TABLE.prefix, "prefix")
+        assert fan_out == fit(len(branches[row]), TABLE.fan_out, "fan_out")
+        assert branch == fit(max(branches[row]), TABLE.branch, "branch")
+    keys = [(sizes, prefixes[row]) for row, sizes in placed]
+    assert keys == sorted(keys, reverse=True)
+
     waves = plan_waves(prefixes, branches, TABLE)
-    assert sorted(row for wave in waves for row in wave.indices) == list(range(len(rows)))
+    assert [row for wave in waves for row in wave.indices if row >= 0] == [row for row, _ in placed]
     for wave in waves:
-        assert wave.rows == fit(len(wave.indices), TABLE.rows, "rows")
-        for row in wave.indices:
-            assert wave.prefix == fit(prefixes[row], TABLE.prefix, "prefix")
-            assert wave.fan_out == fit(len(branches[row]), TABLE.fan_out, "fan_out")
-            assert wave.branch == fit(max(branches[row]), TABLE.branch, "branch")
-    assert [wave.prefix for wave in waves] == sorted((wave.prefix for wave in waves), reverse=True)
+        rows = [row for row in wave.indices if row >= 0]
+        assert all(dict(placed)[row] == wave[1:] for row in rows)
+        assert len(wave.indices) == fit(len(rows), TABLE.rows, "rows")
     # No two waves of one shape have both room left.
-    shapes = [(w.prefix, w.fan_out, w.branch) for w in waves if len(w.indices) < TABLE.rows[-1]]
+    shapes = [wave[1:] for wave in waves if min(wave.indices) < 0 or len(wave.indices) < TABLE.rows[-1]]
     assert len(shapes) == len(set(shapes))
 
 

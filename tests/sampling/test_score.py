@@ -17,7 +17,7 @@ def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, 
     prefixes, branches = draw_rows([7, 4, 10, 5, 8], [[3, 0, 5], [1, 4], [5], [0, 0, 0], [2, 3, 1]])
     told = []
     scores = score(sampler, params, prefixes, branches, [3, 41], lambda *wave: told.append(wave))
-    assert told == [(6, 12), (12, 12)]
+    assert told == [(7, 12), (12, 12)]
     programs = _last._cache_size()
     again = score(sampler, params, prefixes[:1], branches[:1], [0, 1])
     assert _last._cache_size() == programs and again[0].shape == (3, 2)

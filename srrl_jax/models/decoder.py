@@ -1,0 +1,172 @@
+"""The network as it decodes: one token for each running branch, on caches that are written in place.
+
+Layers are apart here and not stacked: each reads its weights and its cache where they lie, while a
+scan over stacked ones copies every layer's slice first.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srrl_jax.models.attention import NEVER, near
+from srrl_jax.models.qwen3 import Qwen3
+from srrl_jax.models.rope import rope
+from srrl_jax.parallel import constrain
+
+
+class Rows(NamedTuple):
+    """Prefixes that running branches continue: N rows with B cells each, over R shards of the mesh.
+
+    Shapes: `k` a [N, K, D, P] and `v` a [N, K, P, D] for each layer; `lengths` int32 [N]; `slots` int32
+    [R, N / R * B], which slot of its shard holds the branch of a cell (any, where none does).
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    lengths: jax.Array
+    slots: jax.Array
+
+
+class Slots(NamedTuple):
+    """The own tokens of S running branches, all aligned so that the next one goes to column `end`.
+
+    Shapes: `k` a [S, K, D, W] and `v` a [S, K, W, D] for each layer; `lengths` int32 [S], tokens in the
+    columns before `end`; `positions` int32 [S], of the next token; `cells` int32 [R, S / R], the
+    branch's cell among those of its shard; `end` int32.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    lengths: jax.Array
+    positions: jax.Array
+    cells: jax.Array
+    end: jax.Array
+
+
+def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of `x` [A, ...] by an index [R, C] into each of its R equal parts -> [R * C, ...].
+
+    Parts are shards of the mesh, so that nothing travels between devices.
+    """
+    shards, count = index.shape
+    parts = x.reshape(shards, -1, *x.shape[1:])
+    return jax.vmap(lambda part, i: part[i])(parts, index).reshape(shards * count, *x.shape[1:])
+
+
+class Decoder(nnx.Module):
+    """A Qwen3 with its layers apart, in its compute type: `nnx.state(Decoder(model))` is what decoding
+    takes in place of `nnx.state(model)`.
+    """
+
+    def __init__(self, model: Qwen3):
+        def cast(x):
+            return x.astype(model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        def part(module, take=lambda x: x):
+            graphdef, state = nnx.split(module)
+            return nnx.merge(graphdef, jax.tree.map(lambda x: cast(take(x)), state))
+
+        self.config, self.dtype = model.config, model.dtype
+        self.embed_tokens, self.norm = part(model.embed_tokens), part(model.norm)
+        self.lm_head = None if model.lm_head is None else part(model.lm_head)
+        kinds = model.config.has_experts
+        stacks = [model.moe_layers if experts else model.layers for experts in kinds]
+        places = [kinds[:i].count(experts) for i, experts in enumerate(kinds)]
+        self.layers = nnx.List(
+            part(stack, lambda x, i=i: x[i]) for stack, i in zip(stacks, places, strict=True)
+        )
+
+    def step(self, tokens: jax.Array, alive: jax.Array, rows: Rows, slots: Slots) -> tuple[jax.Array, Slots]:
+        """Runs one token int32 [S] of each slot; those not alive, bool [S], need not be right.
+
+        Returns:
+          Final hidden states [S, hidden], and the slots with the tokens' keys and values at column `end`.
+        """
+        c = self.config
+        windows = [None] * c.num_hidden_layers if c.windows is None else c.windows
+        x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens]
+        x = constrain(x.astype(self.dtype)[:, None, None], "batch", None, None, None)
+        cos, sin = rope(slots.positions[:, None, None], c.head_dim, c.rope_theta, c.rope_scaling)
+
+        n, p = rows.v[0].shape[0], rows.v[0].shape[2]
+        at = pick(slots.positions, rows.slots).reshape(n, -1)  # of the query in each cell [N, B]
+        keys = jnp.arange(p)
+        in_row = jnp.broadcast_to((keys < rows.lengths[:, None])[:, None], (*at.shape, p))
+        age = slots.end - jnp.arange(slots.v[0].shape[2])  # of each column, 0 for the new token
+        in_slot = (age >= 0) & (age <= slots.lengths[:, None])
+
+        new_k, new_v = [], []
+        for i, layer in enumerate(self.layers):
+            row_mask, slot_mask = in_row, in_slot
+            if windows[i] is not None:
+                row_mask = in_row & near(at[..., None], keys[None, None], windows[i])[:, :, 0]
+                slot_mask = in_slot & (age < windows[i])
+
+            def look(q, k, v, i=i, row_mask=row_mask, slot_mask=slot_mask):
+                k = k.astype(slots.k[i].dtype).reshape(*k.shape[:1], *k.shape[3:], 1)
+                v = v.astype(slots.v[i].dtype).reshape(*v.shape[:1], v.shape[3], 1, v.shape[4])
+                k = jax.lax.dynamic_update_slice(slots.k[i], k, (0, 0, 0, slots.end))
+                v = jax.lax.dynamic_update_slice(slots.v[i], v, (0, 0, slots.end, 0))
+                new_k.append(constrain(k, "batch", "kv_heads", None, None))
+                new_v.append(constrain(v, "batch", "kv_heads", None, None))
+                own = (new_k[i], new_v[i], slot_mask)
+                shared = (rows.k[i], rows.v[i], row_mask)
+                out = _attend(q[:, 0, 0], own, shared, slots.cells, rows.slots)
+                return out[:, None, None], None
+
+            x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
+        slots = slots._replace(
+            k=tuple(new_k),
+            v=tuple(new_v),
+            lengths=slots.lengths + 1,
+            positions=slots.positions + 1,
+            end=slots.end + 1,
+        )
+        return self.norm(x)[:, 0, 0], slots
+
+    head = Qwen3.head
+    logits = Qwen3.logits
+
+
+def _attend(q, own, shared, cells, slots) -> jax.Array:
+    """Softmax of queries [S, H, D] over their slot's and their row's keys at once -> [S, H * D].
+
+    A row's queries meet its keys together, as [B * G] queries of one product.
+    """
+    s, h, d = q.shape
+    n, heads = shared[0].shape[:2]
+    q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(s, heads, h // heads, d)
+    k, v, mask = own
+    parts = [_softmax_part(q, k, v, mask[:, None, None])]
+
+    k, v, mask = shared
+    b = slots.size // n
+    grid = pick(q, slots).reshape(n, b, heads, h // heads, d).swapaxes(1, 2).reshape(n, heads, -1, d)
+    mask = jnp.repeat(mask, h // heads, axis=1)[:, None]
+    part = _softmax_part(grid, k, v, mask)
+    parts.append(
+        tuple(
+            pick(
+                x.reshape(n, heads, b, h // heads, -1).swapaxes(1, 2).reshape(n * b, heads, h // heads, -1),
+                cells,
+            )
+            for x in part
+        )
+    )
+    top = jnp.maximum(parts[0][0], parts[1][0])
+    scales = [jnp.exp(part[0] - top) for part in parts]
+    total = sum(scale * part[1] for scale, part in zip(scales, parts, strict=True))
+    out = sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))
+    return (out / total).astype(q.dtype).reshape(s, h * d)
+
+
+def _softmax_part(q, k, v, mask):
+    """Maximum, sum and weighted values, float32 [A, K, Q, 1 or D], of queries over some of their keys."""
+    scores = jnp.einsum("akqd,akds->akqs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, NEVER)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    values = jnp.einsum("akqs,aksd->akqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return top, weights.sum(-1, keepdims=True), values
