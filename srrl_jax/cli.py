@@ -170,7 +170,7 @@ def _sample(
 
 @app.command("grade")
 def _grade(
-    model: Annotated[str, typer.Argument(help="The grading checkpoint: directory or hub id, HF or GGUF.")],
+    model: Annotated[str, typer.Argument(help="The grader: a checkpoint, or a teacher's .yaml.")],
     source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with prompt, rubrics, completion.")],
     out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="The rows with verdicts; again resumes.")],
     verdict: Annotated[Literal["generate", "constrained", "logits"], typer.Option()] = "generate",
@@ -205,7 +205,9 @@ def _evaluate(
     rows: Annotated[str, typer.Argument(help="Rows with rubrics, e.g. HealthBench's hard.jsonl.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
     completions: Annotated[str | None, typer.Option(help="Lines of prompt_id and completion.")] = None,
-    grader: Annotated[str, typer.Option(help="Checkpoint, or policy for MODEL itself.")] = "policy",
+    grader: Annotated[
+        str, typer.Option(help="Checkpoint, teacher's .yaml, or policy for MODEL itself.")
+    ] = "policy",
     repeats: Annotated[int, typer.Option(min=1, help="Responses to each row.")] = 1,
     where: Annotated[list[str] | None, typer.Option(metavar="TAG", help="As in data convert.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
@@ -254,7 +256,7 @@ def _evaluate(
 
 @app.command("meta-evaluate")
 def _meta_evaluate(
-    grader: Annotated[str, typer.Argument(help="Checkpoint, or a .jsonl file of ready verdicts.")],
+    grader: Annotated[str, typer.Argument(help="Checkpoint, teacher's .yaml, or .jsonl of ready verdicts.")],
     labels: Annotated[str, typer.Argument(help="Rows of conversation, criterion and labels.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
@@ -130,3 +132,106 @@ def bucket(monkeypatch, storage_api) -> epath.Path:
     path.mkdir()
     yield path
     get_filesystem.cache_clear()
+
+
+class Raw(NamedTuple):
+    """An HTTP answer that need not be a completion; a `status` of 0 drops the connection."""
+
+    status: int
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class ChatServer(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint on loopback.
+
+    Attributes:
+      say: given a prompt and how many requests came before, a text to complete it with, or a `Raw`.
+      requests: the bodies that came; `headers` those of the latest; `most` how many were open at one time.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _ChatHandler)
+        self.say = lambda prompt, count: json.dumps({"explanation": "so", "criteria_met": True})
+        self.requests, self.headers, self.open, self.most = [], {}, 0, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def hang(self) -> Raw:
+        """Keeps a request waiting for as long as the server lives, then drops it."""
+        self.closing.wait(30)
+        return Raw(0)
+
+
+class _ChatHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            count = len(server.requests)
+            server.requests.append(body)
+            server.headers = dict(self.headers)
+            server.open += 1
+            server.most = max(server.most, server.open)
+        prompt = body["messages"][0]["content"]
+        try:
+            answer = server.say(prompt, count) if self.path == "/v1/chat/completions" else Raw(404)
+        finally:
+            with server.lock:
+                server.open -= 1
+        if isinstance(answer, str):
+            answer = Raw(200, self._completion(prompt, answer), (("Content-Type", "application/json"),))
+        if answer.status == 0:
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in (("Content-Length", str(len(answer.body))), *answer.headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+    @staticmethod
+    def _completion(prompt: str, text: str) -> bytes:
+        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}
+        message = {"role": "assistant", "content": text}
+        return json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+
+
+@pytest.fixture
+def chat_server(monkeypatch):
+    """A `ChatServer`, and its key in the environment as TEACHER_KEY."""
+    monkeypatch.setenv("TEACHER_KEY", "sk-very-secret-0123456789")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = ChatServer()
+    server.raw = Raw
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def oracle_server(chat_server):
+    """A `ChatServer` that knows the truth of the tiny world; asked with its grader template."""
+    from srrl_jax.tinyworld import oracle
+
+    def say(prompt, count):
+        response, criterion = re.search(
+            r"assistant: (.*)\n\nrule : \[-?\d+\] (.*)", prompt, re.DOTALL
+        ).groups()
+        return json.dumps({"criteria_met": oracle(response, criterion)})
+
+    chat_server.say = say
+    return chat_server

@@ -2,7 +2,7 @@
 
 from srrl_jax.evaluation.agreement import Agreement, agreement, grader_pairs, physician_pairs
 from srrl_jax.evaluation.evaluate import Result, evaluate
-from srrl_jax.evaluation.judge import Checkpoint, CheckpointJudge, Judge
+from srrl_jax.evaluation.judge import Checkpoint, CheckpointJudge, open_judge
 from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate
 from srrl_jax.evaluation.scores import Score, response_scores, summarize
 
@@ -10,7 +10,6 @@ __all__ = [
     "Agreement",
     "Checkpoint",
     "CheckpointJudge",
-    "Judge",
     "MetaResult",
     "Result",
     "Score",
@@ -19,6 +18,7 @@ __all__ = [
     "grade_labels",
     "grader_pairs",
     "meta_evaluate",
+    "open_judge",
     "physician_pairs",
     "response_scores",
     "summarize",

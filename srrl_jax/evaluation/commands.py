@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.data import load_examples, select
 from srrl_jax.evaluation.evaluate import Result, answers_of, evaluate, ready_answers
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, CheckpointJudge, JudgeConfig
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig, open_judge
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate, ready_verdicts, save
 from srrl_jax.evaluation.tables import agreement_table, confusion_table, published_table, score_table
@@ -39,15 +38,17 @@ def run_evaluate(
     own = grader in ("policy", model)
     policy = None if ready and not own else Checkpoint(model, dtype, batch)
     answers = ready or answers_of(policy, answering, {"answering": dataclasses.asdict(answering)}, seed)
-    judge = CheckpointJudge(policy if own else Checkpoint(grader, dtype, batch), judging, _judge_key(seed))
-    settings = {
-        "rows": rows,
-        "where": list(where),
-        "judging": dataclasses.asdict(judging),
-        "dtype": dtype,
-        "seed": seed,
-    }
-    with _progress("responses") as on_progress:
+    with (
+        open_judge(policy if own else grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+        _progress("responses") as on_progress,
+    ):
+        settings = {
+            "rows": rows,
+            "where": list(where),
+            "judging": judge.settings,
+            "dtype": dtype,
+            "seed": seed,
+        }
         result = evaluate(
             examples,
             answers,
@@ -64,7 +65,8 @@ def run_evaluate(
     if repeats > 1:
         print(f"each repeat: {', '.join(f'{mean:.3f}' for mean in result.repeats)}")
     print(
-        f"grader {judge.name}, template {judging.template}: {result.unscorable:.1%} of verdicts unscorable; "
+        f"grader {judge.name}, template {judge.settings['template']}: "
+        f"{result.unscorable:.1%} of verdicts unscorable; "
         f"{result.left_out} of {result.responses} responses without a score; results in {out}"
     )
     return result
@@ -84,12 +86,14 @@ def run_meta_evaluate(
     """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
     rows = load_labels(labels)[:limit]
     settings = {"labels": labels}
-    if Path(grader).is_file():
+    if grader.endswith(".jsonl"):
         verdicts = ready_verdicts(grader, len(rows))
     else:
-        judge = CheckpointJudge(Checkpoint(grader, dtype, batch), judging, _judge_key(seed))
-        settings |= {"judging": dataclasses.asdict(judging), "dtype": dtype, "seed": seed}
-        with _progress("labels") as on_progress:
+        with (
+            open_judge(grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+            _progress("labels") as on_progress,
+        ):
+            settings |= {"judging": judge.settings, "dtype": dtype, "seed": seed}
             verdicts = grade_labels(
                 rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
             )
@@ -100,10 +104,6 @@ def run_meta_evaluate(
     console.print(confusion_table(result))
     print(f"{result.rows} rows, {result.unscorable:.1%} of verdicts unscorable; results in {out}")
     return result
-
-
-def _judge_key(seed: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 @contextmanager

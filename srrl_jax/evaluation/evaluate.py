@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import Answer, AnswerConfig, Checkpoint, Judge
+from srrl_jax.evaluation.judge import Answer, AnswerConfig, Checkpoint
 from srrl_jax.evaluation.samples import append_samples, open_samples, write_results
 from srrl_jax.evaluation.scores import OVERALL, Score, response_scores, summarize
-from srrl_jax.grading import GradingItem, Verdict
+from srrl_jax.grading import GradingItem, Judge, Verdict
 from srrl_jax.rubrics import Example, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl
 

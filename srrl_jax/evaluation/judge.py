@@ -1,32 +1,22 @@
-"""Who answers and who judges in an evaluation: checkpoints, each loaded once.
-
-A judge is any object with `name` and `grade(items) -> list[list[Verdict]]`.
-"""
+"""Who answers and who judges on the command line: checkpoints, each loaded once, or a teacher."""
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem, Verdict, opened_thought
+from srrl_jax.grading import Grader, GradingItem, Teacher, TeacherConfig, Verdict, opened_thought
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Message, load_template, visible_response
 from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
 from srrl_jax.sampling.buckets import ladder
-
-
-class Judge(Protocol):
-    """Gives one verdict for every criterion of every item; `name` is what tables call it."""
-
-    name: str
-
-    def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]: ...
 
 
 class Answer(NamedTuple):
@@ -174,5 +164,34 @@ class CheckpointJudge:
     def name(self) -> str:
         return self.checkpoint.name
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
     def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]:
         return self.checkpoint.grade(items, self.key, self.config)
+
+
+@contextmanager
+def open_judge(
+    grader: str | Checkpoint, config: JudgeConfig, *, seed: int, dtype: str, batch: int
+) -> Iterator[CheckpointJudge | Teacher]:
+    """The judge that a command line names: a checkpoint, or the YAML file of a teacher.
+
+    What a teacher was asked and paid is printed at the end. Raises InputError: see `Checkpoint`,
+    `TeacherConfig.load` and `Teacher`; or a teacher is given a `config` that is not the default.
+    """
+    if isinstance(grader, str) and grader.endswith((".yaml", ".yml")):
+        if config != JudgeConfig():
+            raise InputError(
+                f"{grader}: template, tries, votes, tokens and temperature of a teacher stand in its file; "
+                "leave the options out"
+            )
+        with Teacher(TeacherConfig.load(grader)) as teacher:
+            try:
+                yield teacher
+            finally:
+                print(f"teacher {teacher.name}: {teacher.usage}")
+    else:
+        checkpoint = Checkpoint(grader, dtype, batch) if isinstance(grader, str) else grader
+        yield CheckpointJudge(checkpoint, config, jax.random.fold_in(jax.random.key(seed), 1))

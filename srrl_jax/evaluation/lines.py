@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig, open_judge
 from srrl_jax.grading import GradingItem
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl, read_jsonl
@@ -68,30 +68,31 @@ def grade_file(
 
     A line is the row with `grade_id` ("prompt_id:line"), `prompt_id`, `reward` (null where nothing could
     be scored) and `verdicts`, one {criterion, points, met, probability, explanation, tries} for each
-    criterion. Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
+    criterion. `model` is a checkpoint, or the YAML of a teacher.
+    Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
     """
     rows = _rows(source, lambda row: row)
     for (_, row, _), where in zip(rows, _places(source), strict=True):
         if not isinstance(row.get("response", row.get("completion")), str):
             raise InputError(f"{where}: no text to grade; add `completion` or `response`")
     settings = {"command": "grade", "model": model, "dtype": dtype, "seed": seed}
-    done = _open(out, settings | {"grading": dataclasses.asdict(config)}, "grade_id")
-    todo = [row for row in rows if row[0] not in done]
-    checkpoint, key = Checkpoint(model, dtype, batch), jax.random.fold_in(jax.random.key(seed), 1)
+    with open_judge(model, config, seed=seed, dtype=dtype, batch=batch) as judge:
+        done = _open(out, settings | {"grading": judge.settings}, "grade_id")
+        todo = [row for row in rows if row[0] not in done]
 
-    def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        items = [GradingItem(e.prompt, _response(row), e.rubrics) for _, row, e in part]
-        for (name, row, example), verdicts in zip(part, checkpoint.grade(items, key, config), strict=True):
-            judged = [
-                {"criterion": c.criterion, "points": c.points, "met": v.met, "probability": v.probability,
-                 "explanation": v.explanation, "tries": v.tries}
-                for c, v in zip(example.rubrics, verdicts, strict=True)
-            ]  # fmt: skip
-            reward = score_response(example.rubrics, [v.met for v in verdicts])
-            added = {"grade_id": name, "prompt_id": example.prompt_id, "reward": reward, "verdicts": judged}
-            yield row | added
+        def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
+            items = [GradingItem(e.prompt, _response(row), e.rubrics) for _, row, e in part]
+            for (name, row, example), verdicts in zip(part, judge.grade(items), strict=True):
+                judged = [
+                    {"criterion": c.criterion, "points": c.points, "met": v.met, "probability": v.probability,
+                     "explanation": v.explanation, "tries": v.tries}
+                    for c, v in zip(example.rubrics, verdicts, strict=True)
+                ]  # fmt: skip
+                reward = score_response(example.rubrics, [v.met for v in verdicts])
+                added = {"grade_id": name, "prompt_id": example.prompt_id, "reward": reward}
+                yield row | added | {"verdicts": judged}
 
-    return _work(out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]))
+        return _work(out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]))
 
 
 def _response(row: dict[str, Any]) -> str:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.agreement import Agreement, agreement, grader_pairs, mean, physician_pairs
-from srrl_jax.evaluation.judge import Judge
 from srrl_jax.evaluation.labels import LabelRow
 from srrl_jax.evaluation.samples import append_samples, open_samples, write_results
-from srrl_jax.grading import GradingItem
+from srrl_jax.grading import GradingItem, Judge
 from srrl_jax.telemetry import read_jsonl
 
 

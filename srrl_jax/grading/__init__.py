@@ -1,6 +1,18 @@
-"""Who judges: the policy at its current weights, or a frozen copy of it."""
+"""Who judges: the policy at its current weights, a frozen copy of it, or a teacher behind an endpoint."""
 
 from srrl_jax.grading.asking import GradingItem, opened_thought, split_chat
-from srrl_jax.grading.grader import Grader, Verdict
+from srrl_jax.grading.grader import Grader
+from srrl_jax.grading.judge import Judge
+from srrl_jax.grading.teacher import Teacher, TeacherConfig
+from srrl_jax.grading.voting import Verdict
 
-__all__ = ["Grader", "GradingItem", "Verdict", "opened_thought", "split_chat"]
+__all__ = [
+    "Grader",
+    "GradingItem",
+    "Judge",
+    "Teacher",
+    "TeacherConfig",
+    "Verdict",
+    "opened_thought",
+    "split_chat",
+]

@@ -5,56 +5,19 @@ the response is read once, whatever the number of its criteria.
 """
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from srrl_jax.grading.asking import GradingItem, Question, closing_ids
+from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.rubrics import parse_explanation, parse_verdict, parse_verdicts
 from srrl_jax.sampling import Sampler, score
 
 OnWave = Callable[[int, int], None]
-
-
-class Verdict(NamedTuple):
-    """What the grader said of one criterion.
-
-    Attributes:
-      met: None where no reply could be read: unscorable, which neither helps nor hurts.
-      explanation: the grader's reason, or "".
-      tries: how often it was asked.
-      tokens: sampled in all replies; one about several criteria is shared among them.
-      probability: that it is met: the model's own, where replies are not written out, else the share
-        of the votes; None where `met` is.
-    """
-
-    met: bool | None
-    explanation: str
-    tries: int
-    tokens: float
-    probability: float | None = None
-
-
-class _Votes:
-    """What the replies say of one criterion: (met, explanation) of the readable ones."""
-
-    def __init__(self) -> None:
-        self.read: list[tuple[bool, str]] = []
-        self.tries, self.tokens = 0, 0.0
-
-    def verdict(self) -> Verdict:
-        """The majority's, with its first explanation; a tie is unscorable."""
-        counts = Counter(met for met, _ in self.read)
-        if counts[True] == counts[False]:
-            return Verdict(None, "", self.tries, self.tokens)
-        met = counts[True] > counts[False]
-        explanation = next(why for vote, why in self.read if vote == met)
-        return Verdict(met, explanation, self.tries, self.tokens, counts[True] / len(self.read))
 
 
 class Grader:
@@ -120,13 +83,8 @@ class Grader:
 
     def encode(self, item: GradingItem) -> tuple[list[int], list[list[int]]]:
         """Token ids of the shared prefix, and of each criterion (all of them) with what follows it."""
-        queries = self._queries(range(len(item.criteria)))
-        return self.question.prefix(item), [self._branch(item, query) for query in queries]
-
-    def _queries(self, criteria: Sequence[int]) -> list[list[int]]:
-        if self.together:
-            return [list(criteria)] if criteria else []
-        return [[c] for c in criteria]
+        asked = queries(range(len(item.criteria)), self.together)
+        return self.question.prefix(item), [self._branch(item, query) for query in asked]
 
     def _branch(self, item: GradingItem, query: Sequence[int]) -> list[int]:
         return self.question.branch([item.criteria[c] for c in query])
@@ -148,38 +106,25 @@ class Grader:
         return verdicts
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
-        """Samples replies; the criteria still unread are asked again, all together, up to `tries` times."""
-        votes = [[_Votes() for _ in item.criteria] for item in items]
-        for attempt in range(self.tries):
-            unread = {i: [c for c, v in enumerate(votes[i]) if v.verdict().met is None] for i in rows}
-            queries = {i: self._queries(criteria) for i, criteria in unread.items() if criteria}
-            if not queries:
-                break
+        """Samples replies and reads them."""
+
+        def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
             replies = self._samplers[min(attempt, 1)].generate(
                 params,
-                [prefixes[i] for i in queries],
-                [[self._branch(items[i], query) for query in asked for _ in range(self.votes)]
-                 for i, asked in queries.items()],
+                [prefixes[i] for i in asked],
+                [[self._branch(items[i], query) for query in row for _ in range(self.votes)]
+                 for i, row in asked.items()],
                 jax.random.fold_in(key, attempt),
-                row_ids=list(queries),
+                row_ids=list(asked),
                 on_wave=on_wave,
             )  # fmt: skip
-            for (i, asked), row in zip(queries.items(), replies, strict=True):
-                for place, reply in enumerate(row):
-                    query = asked[place // self.votes]
-                    text = self.question.opening + self.tokenizer.decode(reply.tokens.tolist())
-                    for c, (met, explanation) in zip(query, self._read(text, len(query)), strict=True):
-                        votes[i][c].tries = attempt + 1
-                        votes[i][c].tokens += len(reply.tokens) / len(query)
-                        if met is not None:
-                            votes[i][c].read.append((met, explanation))
-        return [[v.verdict() for v in row] for row in votes]
+            opening, decode = self.question.opening, self.tokenizer.decode
+            return [
+                [Reply(opening + decode(r.tokens.tolist()), len(r.tokens)) for r in row] for row in replies
+            ]
 
-    @staticmethod
-    def _read(text: str, criteria: int) -> list[tuple[bool | None, str]]:
-        if criteria == 1:
-            return [(parse_verdict(text), parse_explanation(text))]
-        return parse_verdicts(text, criteria)
+        criteria = [len(item.criteria) for item in items]
+        return poll(criteria, rows, ask, tries=self.tries, votes=self.votes, together=self.together)
 
     @cached_property
     def _samplers(self) -> tuple[Sampler, Sampler]:

@@ -1,0 +1,150 @@
+"""A teacher: a model behind an OpenAI-compatible endpoint as judge."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
+import yaml
+
+from srrl_jax.errors import InputError
+from srrl_jax.grading.asking import GradingItem
+from srrl_jax.grading.endpoint import Endpoint, EndpointConfig, Usage
+from srrl_jax.grading.voting import Query, Reply, Verdict, poll
+from srrl_jax.parallel import gather, is_main
+from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, load_template
+
+
+@dataclass(frozen=True)
+class TeacherConfig(EndpointConfig):
+    """An endpoint, and how it is asked.
+
+    Attributes:
+      template: "shared", "healthbench", or the path of a template file.
+      tries: replies for a criterion before it is unscorable.
+      votes: replies for each criterion, of which the majority counts; odd.
+      together: ask for all criteria of a response in one query, which is cheaper.
+    """
+
+    template: str = "shared"
+    tries: int = 3
+    votes: int = 1
+    together: bool = False
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tries < 1:
+            raise InputError(f"tries: must be at least 1, not {self.tries}")
+        if self.votes < 1 or self.votes % 2 == 0:
+            raise InputError(f"votes: must be odd, so that a majority is clear, not {self.votes}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a YAML file of these keys. Raises InputError that names file and key."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return pydantic.TypeAdapter(cls).validate_python(values)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: cannot be read as a teacher's YAML: {error}") from None
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{path}: {key + ': ' if key else ''}{message}") from None
+
+
+class Teacher:
+    """Grades responses by asking an endpoint; a context manager.
+
+    Of several processes the first asks, and tells the others.
+
+    Raises:
+      InputError: no key, no such template, or an unusable cache; before anything is asked.
+    """
+
+    def __init__(self, config: TeacherConfig):
+        self.config, self.name = config, config.model
+        try:
+            self._template = load_template(config.template)
+        except ValueError as error:
+            raise InputError(f"teacher: template: {error}") from None
+        self._endpoint = Endpoint(config) if is_main() else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._endpoint:
+            self._endpoint.close()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the config decides verdicts, rather than speed and cost."""
+        decides = ("base_url", "model", "parameters", "template", "tries", "votes", "together")
+        return {name: getattr(self.config, name) for name in decides}
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked and paid in this process so far."""
+        return self._endpoint.usage
+
+    def grade(
+        self,
+        items: Sequence[GradingItem],
+        on_wave: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Verdict]]:
+        """One verdict for every criterion of every item.
+
+        Args:
+          on_wave: told replies of a try and their total, as they arrive.
+        Raises:
+          InputError: the endpoint cannot be used, see `Endpoint.ask`; what it said is in the cache.
+        """
+        found = None
+        if is_main():
+            try:
+                found = self._poll(items, on_wave)
+            except InputError as error:
+                found = str(error)
+        first, *_ = gather(found)
+        if isinstance(first, str):
+            raise InputError(first)
+        return [[Verdict(*verdict) for verdict in row] for row in first]
+
+    def _poll(self, items, on_wave) -> list[list[Verdict]]:
+        votes, template = self.config.votes, self._template
+        before = [grader_prompt(template, item.prompt, item.response) for item in items]
+
+        def prompt(i: int, query: Query) -> str:
+            criteria = [items[i].criteria[c] for c in query]
+            one = len(criteria) == 1
+            return before[i] + (
+                criterion_prompt(template, *criteria) if one else criteria_prompt(template, criteria)
+            )
+
+        def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
+            prompts = [
+                (prompt(i, query), attempt * votes + vote)
+                for i, queries in asked.items()
+                for query in queries
+                for vote in range(votes)
+            ]
+            replies = iter(self._endpoint.ask(prompts, on_wave))
+            return [
+                [Reply(r.text, r.completion_tokens) if (r := next(replies)) else Reply("", 0)
+                 for _ in range(len(queries) * votes)]
+                for queries in asked.values()
+            ]  # fmt: skip
+
+        criteria = [len(item.criteria) for item in items]
+        return poll(
+            criteria,
+            range(len(items)),
+            ask,
+            tries=self.config.tries,
+            votes=votes,
+            together=self.config.together,
+        )

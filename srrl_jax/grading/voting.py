@@ -1,0 +1,97 @@
+"""From replies to verdicts: unreadable ones are asked for again, the majority of the readable ones counts."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from srrl_jax.rubrics import parse_explanation, parse_verdict, parse_verdicts
+
+Query = list[int]  # the criteria, by their places in the rubric, that one reply is about
+
+
+class Verdict(NamedTuple):
+    """What the grader said of one criterion.
+
+    Attributes:
+      met: None where no reply could be read: unscorable, which neither helps nor hurts.
+      explanation: the grader's reason, or "".
+      tries: how often it was asked.
+      tokens: sampled in all replies; one about several criteria is shared among them.
+      probability: that it is met: the model's own, where replies are not written out, else the share
+        of the votes; None where `met` is.
+    """
+
+    met: bool | None
+    explanation: str
+    tries: int
+    tokens: float
+    probability: float | None = None
+
+
+class Reply(NamedTuple):
+    """A grader's text, with the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+Ask = Callable[[int, Mapping[int, Sequence[Query]]], Sequence[Sequence[Reply]]]
+
+
+class _Votes:
+    """What the replies say of one criterion: (met, explanation) of the readable ones."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[bool, str]] = []
+        self.tries, self.tokens = 0, 0.0
+
+    def verdict(self) -> Verdict:
+        """The majority's, with its first explanation; a tie is unscorable."""
+        counts = Counter(met for met, _ in self.read)
+        if counts[True] == counts[False]:
+            return Verdict(None, "", self.tries, self.tokens)
+        met = counts[True] > counts[False]
+        explanation = next(why for vote, why in self.read if vote == met)
+        return Verdict(met, explanation, self.tries, self.tokens, counts[True] / len(self.read))
+
+
+def poll(
+    criteria: Sequence[int], rows: Sequence[int], ask: Ask, *, tries: int, votes: int, together: bool
+) -> list[list[Verdict]]:
+    """Asks for verdicts; for the criteria still unread again, all together, up to `tries` times.
+
+    Args:
+      criteria: the number of criteria of each item.
+      rows: the items to ask about; the others' verdicts are unscorable.
+      ask: given the attempt, from 0, and the queries of each item that has any, the replies of each:
+        `votes` of its first query, then of its second, ...
+      together: one query for all unread criteria of an item, not one for each.
+    """
+    counts = [[_Votes() for _ in range(number)] for number in criteria]
+    for attempt in range(tries):
+        unread = {i: [c for c, v in enumerate(counts[i]) if v.verdict().met is None] for i in rows}
+        asked = {i: queries(missing, together) for i, missing in unread.items() if missing}
+        if not asked:
+            break
+        for (i, row), replies in zip(asked.items(), ask(attempt, asked), strict=True):
+            for place, reply in enumerate(replies):
+                query = row[place // votes]
+                for c, (met, explanation) in zip(query, _read(reply.text, len(query)), strict=True):
+                    counts[i][c].tries = attempt + 1
+                    counts[i][c].tokens += reply.tokens / len(query)
+                    if met is not None:
+                        counts[i][c].read.append((met, explanation))
+    return [[count.verdict() for count in row] for row in counts]
+
+
+def queries(criteria: Sequence[int], together: bool) -> list[Query]:
+    """One query for each criterion, or for all of them."""
+    if together:
+        return [list(criteria)] if criteria else []
+    return [[c] for c in criteria]
+
+
+def _read(text: str, criteria: int) -> list[tuple[bool | None, str]]:
+    if criteria == 1:
+        return [(parse_verdict(text), parse_explanation(text))]
+    return parse_verdicts(text, criteria)
