@@ -136,6 +136,11 @@ class Checkpoint:
     def _sampler(self, prefixes, branches, fan_out, *, new_tokens, sampling) -> Sampler:
         branch, positions = ladder(branches), self.model.config.max_position_embeddings
         room = positions - branch[-1] - new_tokens
+        if room < 1:
+            raise InputError(
+                f"{self.name}: a criterion of {branch[-1]} tokens and {new_tokens} new ones leave no room in "
+                f"its {positions} positions (max_position_embeddings); shorten the template or the reply"
+            )
         buckets = Buckets(
             tuple(sorted({min(size, room) for size in ladder(prefixes)})),
             fan_out,

@@ -289,10 +289,10 @@ def run(recipe, logs, places, tmp_path_factory):
             return done[overrides]
         run_dir = tmp_path_factory.mktemp("run")
         waves, batches = set(), []
-        sample, split = Sampler._run, learner.split_batch
+        sample, split = Sampler._prefill, learner.split_batch
 
         def spy_sample(self, params, wave, *rest):
-            waves.add((wave.rows, wave.prefix, wave.fan_out, wave.branch))
+            waves.add((len(wave.indices), wave.prefix, wave.fan_out, wave.branch))
             return sample(self, params, wave, *rest)
 
         def spy_split(*args):
@@ -300,7 +300,7 @@ def run(recipe, logs, places, tmp_path_factory):
             return split(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sampler, "_run", spy_sample)
+            patch.setattr(Sampler, "_prefill", spy_sample)
             patch.setattr(learner, "split_batch", spy_split)
             state = train(recipe(run_dir, *BASE, *overrides))
         steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
