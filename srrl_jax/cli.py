@@ -39,14 +39,15 @@ def _train(
     On TPU slices and under SLURM or Open MPI the processes find each other; elsewhere give
     --coordinator, --processes and --process.
     """
-    from srrl_jax.parallel import is_main, join
+    from srrl_jax.parallel import end_together, is_main, join
     from srrl_jax.training import TrainConfig, train
 
     resolved = TrainConfig.load(config, overrides or [])
     join(coordinator, processes, process)
-    train(resolved)
-    if is_main():
-        _report(resolved.run_dir)
+    with end_together():
+        train(resolved)
+        if is_main():
+            _report(resolved.run_dir)
 
 
 @app.command("report")

@@ -6,14 +6,16 @@ from srrl_jax.parallel.mesh import (
     make_mesh,
     mesh_axes,
     place_batch,
+    replicate,
     row_shards,
     shardings,
 )
-from srrl_jax.parallel.processes import gather, is_main, join, local_rows
+from srrl_jax.parallel.processes import end_together, gather, is_main, join, local_rows, to_host
 
 __all__ = [
     "MeshConfig",
     "constrain",
+    "end_together",
     "gather",
     "is_main",
     "join",
@@ -21,6 +23,8 @@ __all__ = [
     "make_mesh",
     "mesh_axes",
     "place_batch",
+    "replicate",
     "row_shards",
     "shardings",
+    "to_host",
 ]

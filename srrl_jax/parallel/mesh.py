@@ -113,5 +113,18 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def place_batch(arrays: Any, mesh: Mesh, row_axis: int = 0) -> Any:
-    """Puts host arrays on the mesh, their `row_axis` cut over data, fsdp and expert."""
-    return jax.device_put(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))
+    """Puts host arrays on the mesh, their `row_axis` cut over data, fsdp and expert.
+
+    Every process has the whole arrays and transfers the rows of its own devices.
+    """
+    return _place(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))
+
+
+def replicate(arrays: Any, mesh: Mesh) -> Any:
+    """Puts host arrays whole on every device of the mesh."""
+    return _place(arrays, NamedSharding(mesh, P()))
+
+
+def _place(arrays: Any, sharding: NamedSharding) -> Any:
+    # Not device_put: over several processes it first compares the whole arrays of all of them.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, TreeBatch
 from srrl_jax.models.decoder import Decoder
-from srrl_jax.parallel import place_batch, row_shards
+from srrl_jax.parallel import place_batch, replicate, row_shards
 from srrl_jax.sampling.buckets import Buckets, Wave
 from srrl_jax.sampling.decode import Rule, Running, admit, decode, empty, prefill, resize
 from srrl_jax.sampling.schedule import Schedule
@@ -192,9 +191,7 @@ class Sampler:
 
     def _put(self, values):
         """On every device."""
-        if self.mesh is None:
-            return jax.device_put(values)
-        return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(values) if self.mesh is None else replicate(values, self.mesh)
 
     def _place(self, arrays):
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from srrl_jax.models import TreeBatch
 from srrl_jax.models.tree import last_states
+from srrl_jax.parallel import to_host
 from srrl_jax.sampling.buckets import plan_waves
 from srrl_jax.sampling.sampler import Sampler, pack
 
@@ -43,7 +44,7 @@ def score(
     ids = jnp.asarray(candidates, jnp.int32)
     for wave in waves:
         tree, _ = pack(wave, prefixes, branches, range(len(prefixes)))
-        logprobs = jax.device_get(_last(sampler.graphdef, params, sampler._place(tree), ids))
+        logprobs = to_host(_last(sampler.graphdef, params, sampler._place(tree), ids))
         for place, row in enumerate(wave.indices):
             if row < 0:
                 continue

@@ -76,6 +76,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # closing waits for the other processes, and they may be waiting for this one
         try:
             with self._disk_errors():
                 self._manager.close()  # waits for what is being written
@@ -141,6 +143,11 @@ class Checkpoints:
             try:
                 position, state = self.restore(step, like)
             except Exception as error:  # damage shows in whatever way the readers fail
+                if jax.process_count() > 1:  # maybe here alone, while the others wait for its arrays
+                    raise InputError(
+                        f"{self._folder / str(step)}: this checkpoint cannot be read ({_first_line(error)}). "
+                        f"Rename it damaged-{step}, then run the same command to go on from the one before"
+                    ) from error
                 damaged[step] = error
                 continue
             messages = []

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from srrl_jax.errors import InputError
+from srrl_jax.parallel import is_main, to_host
 from srrl_jax.training.records import write_npz
 
 SIGNS = {
@@ -66,8 +66,9 @@ class SkippedUpdates:
             self.total += 1
             self.in_a_row += 1
             written.append(self._folder / f"step_{step:06d}_update_{i}.npz")
-            fields = jax.device_get(minibatch)._asdict()
-            write_npz(written[-1], **fields.pop("tree")._asdict(), **fields)
+            fields = to_host(minibatch)._asdict()
+            if is_main():
+                write_npz(written[-1], **fields.pop("tree")._asdict(), **fields)
         return written
 
     def check(self) -> None:

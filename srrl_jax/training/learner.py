@@ -12,7 +12,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import place_batch, row_shards
+from srrl_jax.parallel import place_batch, replicate, row_shards
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState
@@ -63,7 +63,11 @@ class Learner:
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""
         params, self._start = self._start, None
-        return TrainState(params, self._optimizer.init(params))
+        # The optimizer's counts too belong on the mesh: else each process has its own, which Orbax refuses.
+        opt_state = jax.tree.map(
+            lambda x: x if x.ndim else replicate(np.asarray(x), self._mesh), self._optimizer.init(params)
+        )
+        return TrainState(params, opt_state)
 
     def learning_rate(self, step: int, skipped: int) -> float:
         """Of the last update of `step` (counted from 1), when so many were skipped since the start."""

@@ -18,7 +18,7 @@ from srrl_jax.training.experience import SelfRewarder, Task, rewards_of
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
-from srrl_jax.training.run import check_run, load_tasks
+from srrl_jax.training.run import check_processes, check_run, load_tasks
 from srrl_jax.training.session import Session
 
 TRAIN, HELD_OUT = 0, 1  # streams of random keys within a step; resampled groups have those from 2 on
@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> TrainState:
     changes = check_run(config)
     tokenizer = load_tokenizer(config.model)
     tasks, held_out = load_tasks(config, tokenizer)
+    check_processes(config, tasks, held_out)
     mesh = make_mesh(config.mesh)
 
     with jax.set_mesh(mesh):

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
+from srrl_jax.parallel import gather
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
@@ -22,8 +24,7 @@ class Preemption:
 
     Where that takes longer than `seconds` (a long compilation, a slow disk), the process exits with the
     same code from a thread, after a call of `on_timeout`; what is on disk is then the last checkpoint.
-    A second SIGTERM changes nothing. With several processes all of them must agree on the step first;
-    `check` is the one place for that.
+    A second SIGTERM changes nothing.
     """
 
     def __init__(self, seconds: float, on_timeout: Callable[[], None]):
@@ -54,8 +55,8 @@ class Preemption:
         os.close(self._read)
 
     def check(self) -> None:
-        """Raises `Preempted` after SIGTERM."""
-        if self._asked.is_set():
+        """Raises `Preempted` after SIGTERM; with several processes, on all after the SIGTERM of any."""
+        if any(gather(self._asked.is_set())):
             raise Preempted
 
     def _watch(self) -> None:

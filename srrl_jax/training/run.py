@@ -1,14 +1,17 @@
 """What a run needs before anything expensive starts: its directory and its rows."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 
+import jax
 import yaml
 
 from srrl_jax import storage
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
 from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.parallel import gather
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
 
@@ -74,6 +77,27 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
     held_out = load_examples(config.data.eval)
     check_disjoint(examples, held_out)
     return tasks, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
+
+
+def check_processes(config: TrainConfig, *tasks: list[Task]) -> None:
+    """Compares what the processes of a run were given; they decide alike only where that is the same.
+
+    Raises:
+      InputError: they have other recipes, rows or tokenizers, or another JAX; names two processes.
+    """
+    mine = {
+        "recipe": config.to_dict(),
+        "JAX": jax.__version__,
+        "rows or tokenizer": hashlib.sha256(repr(tasks).encode()).hexdigest(),
+    }
+    first, *others = gather(mine)
+    for number, other in enumerate(others, start=1):
+        for what, value in first.items():
+            if other[what] != value:
+                raise InputError(
+                    f"process {number} has another {what} than process 0; give all of them the same command, "
+                    "files and packages"
+                )
 
 
 def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, str]]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Self
 
+from rich.console import Console
 from rich.text import Text
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.parallel import is_main
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.training.batch import UpdateBatch
@@ -26,6 +28,8 @@ _SAFE = ("rollout", "grade", "logprob")
 
 class Session:
     """A context manager around the steps of one run; made when all input has been checked.
+
+    With several processes all go through it alike, checkpoints are written by all, the rest by the main one.
 
     Attributes:
       step: steps done, all written down.
@@ -48,7 +52,8 @@ class Session:
         with ExitStack() as stack:
             self._checkpoints = stack.enter_context(Checkpoints(self._run_dir, c))
             self.log = RunLog(self._run_dir)
-            self._live = stack.enter_context(LiveTable(self._config.steps))
+            console = Console(quiet=not is_main())
+            self._live = stack.enter_context(LiveTable(self._config.steps, console))
             self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
             stack.push(self._on_preempted)  # first to run, so within the time that SIGTERM leaves
             self._stack = stack.pop_all()
@@ -64,9 +69,10 @@ class Session:
           InputError: there are checkpoints, but none can be read.
         """
         found = self._checkpoints.restore_latest(like)
-        write_config(self._config)
+        if is_main():
+            write_config(self._config)
+            self.log.rewind(-1 if found is None else found[0].step)
         if found is None:
-            self.log.rewind(-1)
             self._state = like
             self._event("start", f"{self._config.steps} steps")
             return like
@@ -74,7 +80,6 @@ class Session:
         self.step = self._saved = position.step
         self.fresh = False
         self.skips.total, self.skips.in_a_row = position.skipped, position.skipped_in_a_row
-        self.log.rewind(self.step)
         self._live.resume(self.step)
         for message in messages:
             self._event("damaged checkpoint", message)
@@ -118,12 +123,13 @@ class Session:
         Raises:
           InputError: the disk is full, or the last updates were all skipped.
         """
-        with self._disk_errors():
-            if groups is not None:
-                write_tokens(tokens_path(self._run_dir, step), groups)
-            self.log.write(step, metrics, samples, self.times)
-            for message in new_warnings(metrics, self._metrics):
-                self._event("warning", message, step)
+        if is_main():
+            with self._disk_errors():
+                if groups is not None:
+                    write_tokens(tokens_path(self._run_dir, step), groups)
+                self.log.write(step, metrics, samples, self.times)
+                for message in new_warnings(metrics, self._metrics):
+                    self._event("warning", message, step)
         self._live.update(step, metrics | self.times)
         self.times.clear()  # so the next line tells how long this checkpoint took
         self.step, self._state, self._metrics, self.fresh = step, state, metrics, False
@@ -165,10 +171,12 @@ class Session:
             f"SIGTERM; no safe point within {seconds:g} s, so what follows {kept} is lost. "
             "Run the same command to go on"
         )
-        self.log.event(self.step, "preempted", message)
+        if is_main():
+            self.log.event(self.step, "preempted", message)
         print(f"srrl: {message} (exit code {EXIT_CODE})", file=sys.stderr, flush=True)
 
     def _event(self, kind: str, message: str, step: int | None = None) -> None:
         step = self.step if step is None else step
-        self.log.event(step, kind, message)
+        if is_main():
+            self.log.event(step, kind, message)
         self._live.console.print(Text(f"step {step}: {kind}: {message}"), soft_wrap=True)

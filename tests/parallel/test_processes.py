@@ -118,6 +118,7 @@ def test_two_processes_see_four_devices_and_each_others_values():
     assert zero["rows"] == [[0, 1, 2, 3], list(range(8))]
     assert one["rows"] == [[4, 5, 6, 7], list(range(8))]
     assert one["local"] == [[4, 5], [6, 7]]  # what local_rows says is where place_batch puts them
+    assert zero["whole"] == one["whole"] == [list(range(8)), [0, 1, 2]]
     assert zero["sum"] == one["sum"] == 28
     values = [{"process": i, "third": 1 / 3, "text": "é" * 700 * (1 + i)} for i in range(2)]
     assert zero["gathered"] == one["gathered"] == values
