@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from srrl_jax.errors import InputError
 
+BLOCK = 256  # queries whose scores exist at one time
 NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
 
 
@@ -82,6 +83,28 @@ def choose_kernel(name: str, dtype, slides: bool, tokens: int) -> str:
             continue
         return kernel
     return "xla"
+
+
+def attend_causal(q: jax.Array, context: list[Segment], own: Segment, kernel: str = "xla") -> jax.Array:
+    """`attend` over `context` and `own`, where query t sees no key of `own` behind t.
+
+    XLA takes `BLOCK` queries at a time, each block with the keys up to its end: so scores take memory
+    proportional to the length and not to its square, and half the work. The backward pass computes them
+    again, as kernels do.
+    """
+    tokens = q.shape[2]
+    if kernel != "xla" or tokens <= BLOCK:
+        return attend(q, [*context, own], kernel)
+    done = []
+    for start in range(0, tokens, BLOCK):
+        end = min(start + BLOCK, tokens)
+        segments = [s if s.mask.shape[2] == 1 else s._replace(mask=s.mask[:, :, start:end]) for s in context]
+        seen = Segment(own.k[..., :end, :], own.v[..., :end, :], own.mask[:, :, start:end, :end])
+        queries = q[:, :, start:end]
+        if done:  # one block after the other: else their scores may all exist together
+            queries, done[-1] = jax.lax.optimization_barrier((queries, done[-1]))
+        done.append(jax.checkpoint(attend)(queries, [*segments, seen]))
+    return jnp.concatenate(done, axis=2)
 
 
 def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Array:

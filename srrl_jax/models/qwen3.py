@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.attention import Segment, attend, choose_kernel, near
+from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale, project
 from srrl_jax.models.moe import MoE
@@ -194,7 +194,7 @@ class Qwen3(nnx.Module):
 
                 def look(q, k, v):
                     k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-                    return attend(q, [*segments, Segment(k, v, allowed)], kernel), (k, v)
+                    return attend_causal(q, segments, Segment(k, v, allowed), kernel), (k, v)
 
                 x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look)
                 return constrain(x, "batch", None, None, None), new
