@@ -1,6 +1,8 @@
 """The `srrl` command."""
 
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -290,7 +292,13 @@ def _meta_evaluate(
 
 
 def main() -> None:
-    """Runs the command line; bad input ends with one message on stderr and exit code 2."""
+    """Runs the command line; bad input ends with one message on stderr and exit code 2.
+
+    Compiled programs are kept in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says.
+    """
+    if "jax" not in sys.modules:  # which reads it once, when it is imported
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "srrl_jax" / "programs"))
     try:
         app()
     except InputError as error:

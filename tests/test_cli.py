@@ -1,6 +1,7 @@
 """Bad input ends with one message on stderr and exit code 2, before anything is compiled."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,22 @@ def test_the_installed_command(arguments, said):
     assert result.returncode == 2
     assert said in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_compiled_programs_are_kept(tmp_path, given):
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path)} | ({"JAX_COMPILATION_CACHE_DIR": given} if given else {})
+    program = """
+import sys
+from srrl_jax import cli
+sys.argv = ["srrl", "--help"]
+try:
+    cli.main()
+except SystemExit:
+    import jax
+    print(jax.config.jax_compilation_cache_dir)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == (given or str(tmp_path / "srrl_jax" / "programs"))
