@@ -5,6 +5,7 @@ parameter is made at a time, and of a stack of layers one layer: beside the load
 holds at most what its devices need of one tensor (of one layer's experts in a mixture of experts).
 """
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
     variables = dict(nnx.to_flat_state(state))
     names = {path: tensor_names(path, config) for path in variables}
     placed = {} if mesh is None else dict(nnx.to_flat_state(shardings(state, mesh)))
+    if mesh is not None:
+        _tell_of_whole_heads(config, mesh)
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors)
@@ -51,6 +54,17 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
         parts = {index: tensors[name] for name, index in names[path].items()}
         loaded.append((path, variable.replace(_parameter(parts, variable.shape, placed.get(path), dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+def _tell_of_whole_heads(config: Qwen3Config, mesh) -> None:
+    heads, tensor = config.num_key_value_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        logging.getLogger(__name__).warning(
+            "mesh.tensor (%d) does not divide the %d K/V heads: "
+            "each device of that axis keeps all keys and values",
+            tensor,
+            heads,
+        )
 
 
 def read_config(source: str | Path) -> Qwen3Config:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file, save_file
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3
+from srrl_jax.models import Qwen3, Qwen3Config, weights
 from srrl_jax.parallel import make_mesh, shardings
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -82,6 +83,17 @@ def test_mesh_places_by_the_table(checkpoint):
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         assert variable[...].sharding == shardings(variable, mesh)
     assert_same(model, Qwen3.from_pretrained(checkpoint[0]))
+
+
+def test_tells_of_key_value_heads_that_a_mesh_does_not_divide(caplog):
+    config = Qwen3Config.preset("qwen3-1.7b")  # of 8 heads
+    for tensor in (2, 8):
+        weights._tell_of_whole_heads(config, AbstractMesh((1, 1, tensor), ("data", "fsdp", "tensor")))
+    assert not caplog.messages
+    weights._tell_of_whole_heads(config, AbstractMesh((1, 1, 16), ("data", "fsdp", "tensor")))
+    assert caplog.messages == [
+        "mesh.tensor (16) does not divide the 8 K/V heads: each device of that axis keeps all keys and values"
+    ]
 
 
 def test_shards_with_an_index(checkpoint):
