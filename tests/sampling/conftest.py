@@ -29,6 +29,11 @@ def random_model(seed: int) -> Qwen3:
     return model
 
 
+@jax.jit
+def flat_logits(model: Qwen3, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
+
+
 @pytest.fixture(scope="session")
 def model() -> Qwen3:
     return random_model(1)
@@ -71,10 +76,12 @@ def flat_logprobs():
             for branch, completion in zip(row, completions, strict=True):
                 given.append(len(prefix) + len(branch))
                 whole.append([*prefix, *branch, *completion.tokens])
-        tokens = np.zeros((len(whole), max(map(len, whole))), np.int32)
+        # Few sizes, so that few programs serve all tests.
+        size = [-(-n // 16) * 16 for n in (len(whole), max(map(len, whole)))]
+        tokens = np.zeros(size, np.int32)
         for i, sequence in enumerate(whole):
             tokens[i, : len(sequence)] = sequence
-        logits = jax.jit(lambda m, x: m(x))(model, jnp.asarray(tokens))
+        logits = flat_logits(model, jnp.asarray(tokens))
         logprobs = np.asarray(jax.nn.log_softmax(logits / temperature))
         return [logprobs[i, given[i] - 1 : len(whole[i]) - 1] for i in range(len(whole))]
 

@@ -1,0 +1,35 @@
+"""Random trees through the sampler against flat sequences without any cache."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+
+TREES = st.lists(
+    st.tuples(st.integers(1, 12), st.lists(st.integers(0, 6), min_size=1, max_size=3)), min_size=1, max_size=5
+)
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    """Stops at a few of its 50 tokens; one size of everything, so that one program serves all examples."""
+    table = Buckets(prefix=(12,), branch=(6,), fan_out=(3,), rows=(2,))
+    return Sampler(model, table, new_tokens=8, stop_ids=(3, 17, 40), sampling=SamplingConfig(temperature=0))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(tree=TREES, seed=st.integers(0, 1000))
+def test_greedy_equals_flat(model, params, sampler, draw_rows, flat_logprobs, tree, seed):
+    rows = draw_rows([prefix for prefix, _ in tree], [branches for _, branches in tree], seed)
+    results = sampler.generate(params, *rows, jax.random.key(seed))
+    completions = sum(results, [])
+    assert [len(row) for row in results] == [len(branches) for _, branches in tree]
+    for completion, logprobs in zip(completions, flat_logprobs(model, *rows, results), strict=True):
+        np.testing.assert_array_equal(completion.tokens, logprobs.argmax(-1))
+        np.testing.assert_allclose(completion.logprobs, logprobs.max(-1), rtol=0, atol=1e-5)
+        stops = np.isin(completion.tokens, sampler.stop_ids)
+        assert not stops[:-1].any() and completion.truncated == (not stops[-1])
+        assert len(completion.tokens) == 8 or stops[-1]
