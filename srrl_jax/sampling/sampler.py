@@ -1,5 +1,6 @@
 """The sampler: lists of tokens in, completions out."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from srrl_jax.models.decoder import Decoder
 from srrl_jax.parallel import place_batch, replicate, row_shards
 from srrl_jax.sampling.buckets import Buckets, Wave
 from srrl_jax.sampling.decode import Rule, Running, admit, decode, empty, prefill, resize
+from srrl_jax.sampling.memory import default_budget, rows_within
 from srrl_jax.sampling.schedule import Schedule
 from srrl_jax.sampling.tokens import SamplingConfig
 
@@ -45,6 +47,8 @@ class Sampler:
       sampling: how tokens are drawn.
       allowed: ids from here on are never sampled (the tokenizer's size); default: all may be.
       mesh: where to run; rows of every bucket must divide by its data, fsdp and expert axes.
+      memory_gb: GB (1e9 bytes) of each device that sampling may take beside the weights; with longer rows
+        fewer run at one time. Default: half of the device's memory, of the machine's on a CPU.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Sampler:
         sampling: SamplingConfig = SamplingConfig(),
         allowed: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        memory_gb: float | None = None,
     ):
         if new_tokens < 1:
             raise InputError(f"new_tokens must be at least 1, not {new_tokens}")
@@ -78,6 +83,7 @@ class Sampler:
         self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
         self.stop_ids = tuple(stop_ids)
+        self.budget = default_budget() if memory_gb is None else int(memory_gb * 1e9)
 
     def generate(
         self,
@@ -100,16 +106,11 @@ class Sampler:
           row_ids: a number for each row to fold in; its index by default.
           on_wave: told branches finished and their total after each chunk of tokens.
         Raises:
-          InputError: a row that the bucket table does not hold; nothing has run by then.
+          InputError: a row that the bucket table or the memory does not hold; nothing has run by then.
         """
         row_ids = range(len(prefixes)) if row_ids is None else row_ids
-        schedule = Schedule(
-            [len(prefix) for prefix in prefixes],
-            [[len(branch) for branch in row] for row in branches],
-            self.buckets,
-            self.new_tokens,
-            self.shards,
-        )
+        lengths = [len(prefix) for prefix in prefixes], [[len(branch) for branch in row] for row in branches]
+        schedule = Schedule(*lengths, self.within_memory(*lengths), self.new_tokens, self.shards)
         drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
         total, done = sum(map(len, branches)), 0
         decoder, rule, running = _unstack(self.graphdef, params), self._rule(), None
@@ -148,6 +149,19 @@ class Sampler:
             schedule.advance(out.counts, out.alive)
             on_wave(done, total)
         return [[self._completion(*branch) for branch in row] for row in drawn]
+
+    def within_memory(self, prefix_lengths: list[int], branch_lengths: list[list[int]]) -> Buckets:
+        """The bucket table with those sizes of `rows` that the memory holds of rows so long.
+
+        Raises:
+          InputError: as `generate`.
+        """
+        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        rows = rows_within(
+            self.budget, self.config, self.dtype, (self.shards, tensor),
+            self.buckets, prefix_lengths, branch_lengths, self.new_tokens,
+        )  # fmt: skip
+        return dataclasses.replace(self.buckets, rows=rows)
 
     def _completion(self, tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
         tokens = np.concatenate(tokens)

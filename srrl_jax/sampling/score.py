@@ -35,10 +35,10 @@ def score(
     Returns:
       For each row float32 [its branches, C], of the softmax over the whole vocabulary at temperature 1.
     Raises:
-      InputError: a row that the bucket table does not hold; nothing has run by then.
+      InputError: a row that the bucket table or the memory does not hold; nothing has run by then.
     """
-    lengths = [[len(branch) for branch in row] for row in branches]
-    waves = plan_waves([len(prefix) for prefix in prefixes], lengths, sampler.buckets)
+    lengths = [len(prefix) for prefix in prefixes], [[len(branch) for branch in row] for row in branches]
+    waves = plan_waves(*lengths, sampler.within_memory(*lengths))
     results: list[np.ndarray] = [np.zeros((0, len(candidates)), np.float32)] * len(prefixes)
     total, done = sum(map(len, branches)), 0
     ids = jnp.asarray(candidates, jnp.int32)

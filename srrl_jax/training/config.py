@@ -40,6 +40,8 @@ class RolloutConfig:
       prompt_buckets: padded prompt lengths; a longer prompt is refused.
       completion_buckets: padded completion lengths of the update; the last must be max_new_tokens.
       rows: prompts sampled at one time.
+      memory_gb: GB of each device that sampling may take beside the weights; with long prompts fewer run at
+        one time. null is half of the device's memory (on a CPU, of the machine's).
       thinking: whether the chat template asks for a <think> block.
     """
 
@@ -47,6 +49,7 @@ class RolloutConfig:
     prompt_buckets: tuple[int, ...]
     completion_buckets: tuple[int, ...]
     rows: tuple[int, ...] = (8,)
+    memory_gb: float | None = None
     thinking: bool = False
     sampling: SamplingConfig = SamplingConfig()
 
@@ -62,6 +65,7 @@ class GradingConfig:
       criterion_buckets: padded lengths of a criterion with the text after it.
       criteria_buckets: padded numbers of criteria.
       rows: responses graded at one time.
+      memory_gb: as in `rollout`.
       verdict: "generate" samples a reply with an explanation; "constrained" draws true or false alone,
         "logits" takes the likelier of the two (see `srrl_jax.grading.Grader`).
       votes: replies or draws for each criterion, of which the majority counts.
@@ -76,6 +80,7 @@ class GradingConfig:
     criteria_buckets: tuple[int, ...]
     template: str = "shared"
     rows: tuple[int, ...] = (8,)
+    memory_gb: float | None = None
     verdict: Literal["generate", "constrained", "logits"] = "generate"
     votes: int = 1
     together: bool = False
@@ -310,9 +315,11 @@ class TrainConfig:
         above_0 = {
             "optimizer.grad_clip": o.grad_clip,
             "checkpoint.preemption_seconds": self.checkpoint.preemption_seconds,
+            "rollout.memory_gb": r.memory_gb,
+            "grading.memory_gb": g.memory_gb,
         }
         for key, value in above_0.items():
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise InputError(f"{key}: must be above 0, not {value}")
         if self.checkpoint.best == "eval/self" and self.data.eval is None:
             raise InputError("checkpoint.best: eval/self is measured on data.eval, which is not given")

@@ -107,6 +107,7 @@ class SelfRewarder:
             Buckets(prefix=r.prompt_buckets, fan_out=fan_out, rows=r.rows),
             new_tokens=r.max_new_tokens,
             sampling=r.sampling,
+            memory_gb=r.memory_gb,
             **shared,
         )
         grading_sampler = Sampler(
@@ -119,6 +120,7 @@ class SelfRewarder:
             ),
             new_tokens=g.max_new_tokens,
             sampling=g.sampling,
+            memory_gb=g.memory_gb,
             **shared,
         )
         self.grader = _grader(grading_sampler, tokenizer, config)
