@@ -64,9 +64,16 @@ class Decoder(nnx.Module):
         def cast(x):
             return x.astype(model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        def part(module, take=lambda x: x):
+        def part(module, layer: int | None = None):
+            def take(variable):
+                value = variable[...] if layer is None else variable[...][layer]
+                taken = variable.replace(cast(value))
+                taken.set_metadata(axes=variable.get_metadata()["axes"][-value.ndim :])
+                return taken
+
             graphdef, state = nnx.split(module)
-            return nnx.merge(graphdef, jax.tree.map(lambda x: cast(take(x)), state))
+            is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+            return nnx.merge(graphdef, jax.tree.map(take, state, is_leaf=is_leaf))
 
         self.config, self.dtype = model.config, model.dtype
         self.embed_tokens, self.norm = part(model.embed_tokens), part(model.norm)
@@ -74,9 +81,7 @@ class Decoder(nnx.Module):
         kinds = model.config.has_experts
         stacks = [model.moe_layers if experts else model.layers for experts in kinds]
         places = [kinds[:i].count(experts) for i, experts in enumerate(kinds)]
-        self.layers = nnx.List(
-            part(stack, lambda x, i=i: x[i]) for stack, i in zip(stacks, places, strict=True)
-        )
+        self.layers = nnx.List(part(stack, i) for stack, i in zip(stacks, places, strict=True))
 
     def step(self, tokens: jax.Array, alive: jax.Array, rows: Rows, slots: Slots) -> tuple[jax.Array, Slots]:
         """Runs one token int32 [S] of each slot; those not alive, bool [S], need not be right.

@@ -2,11 +2,13 @@
 
 from srrl_jax.parallel.mesh import (
     MeshConfig,
+    batch_sharding,
     constrain,
     make_mesh,
     mesh_axes,
     place_batch,
     replicate,
+    rollout_layout,
     row_shards,
     shardings,
 )
@@ -14,6 +16,7 @@ from srrl_jax.parallel.processes import end_together, gather, is_main, join, loc
 
 __all__ = [
     "MeshConfig",
+    "batch_sharding",
     "constrain",
     "end_together",
     "gather",
@@ -24,6 +27,7 @@ __all__ = [
     "mesh_axes",
     "place_batch",
     "replicate",
+    "rollout_layout",
     "row_shards",
     "shardings",
     "to_host",

@@ -1,4 +1,4 @@
-"""One mesh for everything, and the one table from logical axes to mesh axes."""
+"""One mesh for everything, and the tables from logical axes to mesh axes: of training and of rollouts."""
 
 import dataclasses
 import math
@@ -15,7 +15,8 @@ from srrl_jax.errors import InputError
 # Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary, expert cuts the
 # experts. Activations: rows go over data, fsdp and expert. Over expert too, because all but the experts
 # would else be computed expert times over; rows meet their experts as `expert_rows`.
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
+Rules = dict[str | None, str | tuple[str, ...] | None]
+RULES: Rules = {
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -27,6 +28,9 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "expert_rows": ("data", "fsdp"),
     None: None,
 }
+# While tokens are sampled each device holds whole what fsdp cuts: a step of decoding is too short to
+# gather weights in it.
+ROLLOUT_RULES: Rules = RULES | {"embed": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def shardings(variables: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of NNX variables by their `axes` metadata.
+def shardings(variables: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """NamedShardings for a tree of NNX variables by their `axes` metadata and one of the tables.
 
     An axis of a weight whose size the mesh axis does not divide stays whole, except that of experts.
 
@@ -74,7 +78,7 @@ def shardings(variables: Any, mesh: Mesh) -> Any:
     def one(path, variable):
         spec = []
         for size, axis in zip(variable.shape, variable.get_metadata()["axes"], strict=True):
-            name = RULES[axis]
+            name = rules[axis]
             if axis == "experts" and size % mesh.shape[name]:
                 divisors = [n for n in range(1, size + 1) if size % n == 0]
                 raise InputError(
@@ -86,6 +90,16 @@ def shardings(variables: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree.map_with_path(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def rollout_layout(variables: Any, mesh: Mesh) -> Any:
+    """Within jit: pins a tree of NNX variables to `ROLLOUT_RULES`."""
+
+    def pin(variable, sharding):
+        return variable.replace(jax.lax.with_sharding_constraint(variable[...], sharding))
+
+    places = shardings(variables, mesh, ROLLOUT_RULES)
+    return jax.tree.map(pin, variables, places, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
@@ -112,12 +126,17 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def batch_sharding(mesh: Mesh, row_axis: int = 0) -> NamedSharding:
+    """Of arrays of a batch: their `row_axis` is cut over data, fsdp and expert."""
+    return NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"]))
+
+
 def place_batch(arrays: Any, mesh: Mesh, row_axis: int = 0) -> Any:
-    """Puts host arrays on the mesh, their `row_axis` cut over data, fsdp and expert.
+    """Puts host arrays on the mesh, by `batch_sharding`.
 
     Every process has the whole arrays and transfers the rows of its own devices.
     """
-    return _place(arrays, NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"])))
+    return _place(arrays, batch_sharding(mesh, row_axis))
 
 
 def replicate(arrays: Any, mesh: Mesh) -> Any:

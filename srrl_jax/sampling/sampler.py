@@ -13,11 +13,11 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, TreeBatch
 from srrl_jax.models.decoder import Decoder
-from srrl_jax.parallel import place_batch, replicate, row_shards
+from srrl_jax.parallel import place_batch, replicate, rollout_layout, row_shards
 from srrl_jax.sampling.buckets import Buckets, Wave
 from srrl_jax.sampling.decode import Rule, Running, admit, decode, empty, prefill, resize
 from srrl_jax.sampling.memory import default_budget, rows_within
-from srrl_jax.sampling.schedule import Schedule
+from srrl_jax.sampling.schedule import CHUNK, Schedule
 from srrl_jax.sampling.tokens import SamplingConfig
 
 
@@ -113,7 +113,7 @@ class Sampler:
         schedule = Schedule(*lengths, self.within_memory(*lengths), self.new_tokens, self.shards)
         drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
         total, done = sum(map(len, branches)), 0
-        decoder, rule, running = _unstack(self.graphdef, params), self._rule(), None
+        decoder, rule, running = unstack(self.graphdef, params, self.mesh), self._put(self.rule), None
         options = dict(top_k=self.sampling.top_k, truncates=self.sampling.truncates)
         while schedule.waiting or schedule.running.any():
             firsts = []
@@ -191,17 +191,18 @@ class Sampler:
         state, prefix, own = prefill(self.graphdef, params, tree)
         return state, prefix, own, tree, _branch_keys(key, ids, wave.fan_out)
 
-    def _rule(self) -> Rule:
+    @property
+    def chunk(self) -> int:
+        """Tokens that one run of `decode` draws at most."""
+        return min(CHUNK, self.new_tokens)
+
+    @property
+    def rule(self) -> Rule:
+        """On the host."""
         s = self.sampling
         floats = (np.float32(x) for x in (s.temperature, s.top_p, s.min_p))
-        return self._put(
-            Rule(
-                *floats,
-                np.int32(self.allowed),
-                np.asarray(self.stop_ids, np.int32),
-                np.int32(self.new_tokens),
-            )
-        )
+        stop_ids = np.asarray(self.stop_ids, np.int32)
+        return Rule(*floats, np.int32(self.allowed), stop_ids, np.int32(self.new_tokens))
 
     def _put(self, values):
         """On every device."""
@@ -211,9 +212,11 @@ class Sampler:
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _unstack(graphdef, params):
-    return nnx.state(Decoder(nnx.merge(graphdef, params)))
+@partial(jax.jit, static_argnames=("graphdef", "mesh"))
+def unstack(graphdef, params, mesh: jax.sharding.Mesh | None):
+    """From the weights of training to those of a `Decoder`, in the layout of rollouts."""
+    decoder = nnx.state(Decoder(nnx.merge(graphdef, params)))
+    return decoder if mesh is None else rollout_layout(decoder, mesh)
 
 
 @jax.jit
