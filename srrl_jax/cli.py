@@ -52,6 +52,39 @@ def _train(
             _report(resolved.run_dir)
 
 
+@app.command("plan")
+def _plan(
+    config: Annotated[str, typer.Argument(help="A recipe, e.g. configs/qwen3_8b_v6e-16.yaml.")],
+    topology: Annotated[str, typer.Option(help="v5p:4x4x4, v6e:4x4, v5e:2x4, h100:4x8 or cpu:8.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")
+    ] = None,
+    slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis data.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    cache: Annotated[bool, typer.Option(help="Keep what was compiled, for the next plan.")] = True,
+    completion: Annotated[float | None, typer.Option(help="Mean tokens; half of the limit.")] = None,
+    verdict: Annotated[float | None, typer.Option(help="Mean tokens of a reply; half of the limit.")] = None,
+    criteria: Annotated[float, typer.Option(help="Mean number of a row.")] = 12,
+    tries: Annotated[float, typer.Option(help="Mean replies to a criterion.")] = 1,
+) -> None:
+    """Compile a recipe for devices that are not here: does it fit (else exit code 1), how long is it?"""
+    from srrl_jax.planning.chips import Topology
+    from srrl_jax.planning.command import run_plan
+
+    fits = run_plan(
+        config,
+        overrides or [],
+        Topology.parse(topology, slices),
+        as_json=as_json,
+        cached=cache,
+        completion=completion,
+        verdict=verdict,
+        criteria=criteria,
+        tries=tries,
+    )
+    raise typer.Exit(0 if fits else 1)
+
+
 @app.command("report")
 def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) -> None:
     """Write RUN_DIR/report.html from the logs of a run."""

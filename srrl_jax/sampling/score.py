@@ -44,7 +44,7 @@ def score(
     ids = jnp.asarray(candidates, jnp.int32)
     for wave in waves:
         tree, _ = pack(wave, prefixes, branches, range(len(prefixes)))
-        logprobs = to_host(_last(sampler.graphdef, params, sampler._place(tree), ids))
+        logprobs = to_host(next_logprobs(sampler.graphdef, params, sampler._place(tree), ids))
         for place, row in enumerate(wave.indices):
             if row < 0:
                 continue
@@ -55,7 +55,7 @@ def score(
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _last(graphdef, params, tree: TreeBatch, candidates: jax.Array) -> jax.Array:
+def next_logprobs(graphdef, params, tree: TreeBatch, candidates: jax.Array) -> jax.Array:
     """float32 [N, B, C]."""
     model = nnx.merge(graphdef, params)
     state, _, _ = last_states(model, tree)

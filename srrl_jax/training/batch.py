@@ -6,9 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch
+from srrl_jax.parallel import row_shards
 from srrl_jax.sampling import Completion
 from srrl_jax.sampling.buckets import fit
+from srrl_jax.training.config import TrainConfig
 
 
 class UpdateBatch(NamedTuple):
@@ -58,6 +61,13 @@ def pack_groups(
     mask = (np.arange(size) < tree.branch_lengths[..., None]) & scored[..., None]
     advantages, reference = np.zeros((n, g), np.float32), np.zeros_like(logprobs)
     return UpdateBatch(tree, mask, logprobs, logprobs, advantages, reference)
+
+
+def check_microbatch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError where the rows of a microbatch cannot be cut over the mesh."""
+    cut = row_shards(mesh)
+    if config.optimizer.microbatch % cut:
+        raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp x expert = {cut}")
 
 
 def split_batch(batch: UpdateBatch, minibatches: int, microbatch: int) -> list[UpdateBatch]:

@@ -92,36 +92,46 @@ def _grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) 
     )
 
 
+def samplers(
+    model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, *, stop_ids: Sequence[int], allowed: int
+) -> tuple[Sampler, Sampler]:
+    """Of rollouts and of grading."""
+    r, g = config.rollout, config.grading
+    shared = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
+    rollout = Sampler(
+        model,
+        Buckets(
+            r.prompt_buckets, fan_out=tuple(sorted({config.group_size, config.eval.samples})), rows=r.rows
+        ),
+        new_tokens=r.max_new_tokens,
+        sampling=r.sampling,
+        memory_gb=r.memory_gb,
+        **shared,
+    )
+    grading = Sampler(
+        model,
+        Buckets(
+            g.prefix_buckets,
+            Grader.fan_out(g.criteria_buckets, g.verdict, g.votes, g.together),
+            g.criterion_buckets,
+            g.rows,
+        ),
+        new_tokens=g.max_new_tokens,
+        sampling=g.sampling,
+        memory_gb=g.memory_gb,
+        **shared,
+    )
+    return rollout, grading
+
+
 class SelfRewarder:
     """The policy's two roles, on one set of weights: it answers, and it grades the answers."""
 
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh):
-        r, g = config.rollout, config.grading
         self.tokenizer = tokenizer
-        shared = dict(
-            stop_ids=tokenizer.stop_ids, allowed=min(tokenizer.size, model.config.vocab_size), mesh=mesh
-        )
-        fan_out = tuple(sorted({config.group_size, config.eval.samples}))
-        self.sampler = Sampler(
-            model,
-            Buckets(prefix=r.prompt_buckets, fan_out=fan_out, rows=r.rows),
-            new_tokens=r.max_new_tokens,
-            sampling=r.sampling,
-            memory_gb=r.memory_gb,
-            **shared,
-        )
-        grading_sampler = Sampler(
-            model,
-            Buckets(
-                g.prefix_buckets,
-                Grader.fan_out(g.criteria_buckets, g.verdict, g.votes, g.together),
-                g.criterion_buckets,
-                g.rows,
-            ),
-            new_tokens=g.max_new_tokens,
-            sampling=g.sampling,
-            memory_gb=g.memory_gb,
-            **shared,
+        allowed = min(tokenizer.size, model.config.vocab_size)
+        self.sampler, grading_sampler = samplers(
+            model, config, mesh, stop_ids=tokenizer.stop_ids, allowed=allowed
         )
         self.grader = _grader(grading_sampler, tokenizer, config)
 

@@ -12,9 +12,9 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import place_batch, replicate, row_shards
+from srrl_jax.parallel import place_batch, replicate
 from srrl_jax.sampling import Completion
-from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
+from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
@@ -48,9 +48,7 @@ class Learner:
     """
 
     def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh):
-        cut = row_shards(mesh)
-        if config.optimizer.microbatch % cut:
-            raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp x expert = {cut}")
+        check_microbatch(config, mesh)
         self._config, self._mesh = config, mesh
         self._graphdef = nnx.graphdef(model)
         self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights

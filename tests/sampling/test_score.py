@@ -5,7 +5,7 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling import Buckets, Sampler, score
-from srrl_jax.sampling.score import _last
+from srrl_jax.sampling.score import next_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, 
     told = []
     scores = score(sampler, params, prefixes, branches, [3, 41], lambda *wave: told.append(wave))
     assert told == [(7, 12), (12, 12)]
-    programs = _last._cache_size()
+    programs = next_logprobs._cache_size()
     again = score(sampler, params, prefixes[:1], branches[:1], [0, 1])
-    assert _last._cache_size() == programs and again[0].shape == (3, 2)
+    assert next_logprobs._cache_size() == programs and again[0].shape == (3, 2)
     for prefix, row, logprobs in zip(prefixes, branches, scores, strict=True):
         assert logprobs.shape == (len(row), 2) and logprobs.dtype == np.float32
         for branch, pair in zip(row, logprobs, strict=True):

@@ -1,0 +1,142 @@
+"""Published figures of accelerators, and slices of them by name."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Self
+
+import jax
+
+from srrl_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one device.
+
+    Attributes:
+      flops: bfloat16 matrix products, FLOP/s.
+      hbm: bytes that programs can have.
+      bandwidth: of the HBM, bytes/s.
+      links: to the other devices, all links of a device together, one way, bytes/s.
+    """
+
+    flops: float
+    hbm: int
+    bandwidth: float
+    links: float
+
+
+GIB = 2**30
+CHIPS = {
+    # cloud.google.com/tpu/docs/v5e, v5p, v6e: "Peak compute per chip (bf16)", "HBM bandwidth per chip",
+    # "Interchip Interconnect BW" (Gbit/s, here / 8). HBM is what libtpu 0.0.42 leaves to programs. For v4
+    # (docs/v4) libtpu compiles for the two cores of a chip apart, so these are halves.
+    "v4": Chip(275e12 / 2, int(15.25 * GIB), 1228e9 / 2, 2400e9 / 8 / 2),
+    "v5e": Chip(197e12, int(15.75 * GIB), 819e9, 1600e9 / 8),
+    "v5p": Chip(459e12, int(95.74 * GIB), 2765e9, 4800e9 / 8),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1640e9, 3584e9 / 8),
+    # NVIDIA H100 SXM data sheet: dense bf16, 80 GB, HBM3; NVLink 900 GB/s both ways. Between nodes of a
+    # DGX H100: one 400 Gbit/s port a GPU.
+    "h100": Chip(989e12, 80 * 10**9, 3350e9, 900e9 / 2),
+}
+H100_NETWORK = 400e9 / 8
+GPUS_OF_A_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: `kind` a chip or "cpu", `shape` its grid, such as (4, 4, 4); GPUs: (nodes, of a node)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str, slices: int = 1) -> Self:
+        """Reads "v5p:4x4x4", "h100:4x8" or "cpu:8".
+
+        Raises:
+          InputError: the form or the chip is not known.
+        """
+        match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+        if not match or match[1] not in (*CHIPS, "cpu"):
+            raise InputError(
+                f"--topology {text}: not a slice; write CHIP:SHAPE with a chip of {', '.join(CHIPS)}, as "
+                "v5p:4x4x4 or h100:4x8, or cpu:8 for virtual devices"
+            )
+        if slices < 1:
+            raise InputError(f"--slices: must be at least 1, not {slices}")
+        return cls(match[1], tuple(map(int, match[2].split("x"))), slices)
+
+    def __str__(self) -> str:
+        name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        return name if self.slices == 1 else f"{self.slices} x {name}"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether programs are compiled for it; for GPUs all is by formula."""
+        return self.kind != "h100"
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def size(self) -> int:
+        """Devices of all slices."""
+        return self.chips * (2 if self.kind == "v4" else 1)
+
+    @property
+    def chip(self) -> Chip:
+        """Nothing is published of a CPU: one core as measured, its share of the memory, links as guessed."""
+        if self.kind != "cpu":
+            return CHIPS[self.kind]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Chip(80e9, memory // self.size, 15e9, 5e9)
+
+    def links(self, kind: str, tensor: int) -> float:
+        """Bytes/s that a device sends in a collective of a kind.
+
+        Tensor parallelism, whose are the sums, stays within a node of GPUs where it is no wider.
+        """
+        within = self.size <= GPUS_OF_A_NODE or (kind == "all-reduce" and tensor <= GPUS_OF_A_NODE)
+        return H100_NETWORK if self.kind == "h100" and not within else self.chip.links
+
+    def devices(self) -> list:
+        """Devices to compile for. Nothing may have asked JAX for devices in this process before a "cpu".
+
+        Raises:
+          InputError: the compiler is not installed, or does not know the shape.
+        """
+        if self.kind in (
+            "cpu",
+            "h100",
+        ):  # for GPUs nothing is compiled, only shapes and placements are wanted
+            return _virtual(self.size)
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError("srrl plan for a TPU needs libtpu: pip install 'srrl-jax[aot]'")
+        from jax.experimental import topologies
+
+        # libtpu would ask the metadata server of a TPU VM what it is, and lock the chips.
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+        options = {"num_slices": self.slices} if self.slices > 1 else {}
+        name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            raise InputError(f"--topology {self}: libtpu refuses it: {str(error).splitlines()[0]}") from None
+
+
+def _virtual(count: int) -> list:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the devices are there already
+        pass
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(f"--topology cpu:{count}: JAX has started with {len(devices)} devices")
+    return devices[:count]

@@ -1,0 +1,155 @@
+"""What a compiled program sends between devices, read off its text."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
+_ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]<=)")
+
+
+class Collective(NamedTuple):
+    """One instruction.
+
+    Attributes:
+      kind: of `KINDS`.
+      arrays: its result on a device, as the text has it: "bf16[1024,512]".
+      group: devices that take part.
+      runs: how often it runs in one run of the program.
+      loops: names of the while bodies around it, outermost first.
+    """
+
+    kind: str
+    arrays: tuple[str, ...]
+    group: int
+    runs: int
+    loops: tuple[str, ...]
+
+    @property
+    def bytes(self) -> float:
+        """That a device sends in one run of the instruction, by the ring algorithms."""
+        size, others = sum(map(array_bytes, self.arrays)), (self.group - 1) / self.group
+        match self.kind:
+            case "all-reduce":
+                return 2 * size * others
+            case "reduce-scatter":  # the result is one part of what is reduced
+                return size * (self.group - 1)
+            case "collective-permute":
+                return size
+        return size * others
+
+
+def array_bytes(array: str) -> int:
+    """Bytes of "bf16[1024,512]" without its padding in tiles."""
+    kind, dims = _ARRAY.search(array).groups()
+    bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+    return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled program's text.
+
+    A scan's body is written once but runs many times: what is in it counts as often. Where the text
+    does not say how often a loop runs, it is the largest constant that its condition compares with,
+    which for a loop that may end early is its limit.
+    """
+    bodies, entry = _computations(text)
+    found = []
+
+    def walk(name: str, runs: int, loops: tuple[str, ...]) -> None:
+        for line in bodies.get(name, ()):
+            match = _INSTRUCTION.match(line)
+            if not match:
+                continue
+            _, result, operation, rest = match.groups()
+            kind = operation.removesuffix("-start")
+            if kind in KINDS:
+                found.append(Collective(kind, _results(result, operation), _group(rest), runs, loops))
+            elif operation == "while":
+                called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
+                times = _trips(rest, bodies, called["condition"])
+                walk(called["body"], runs * times, (*loops, called["body"]))
+            elif not operation.endswith("-done"):
+                for callee in _callees(rest):
+                    walk(callee, runs, loops)
+
+    walk(entry, 1, ())
+    return found
+
+
+def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in one run of the program."""
+    total: Counter[str] = Counter()
+    for collective in found:
+        total[collective.kind] += collective.bytes * collective.runs
+    return {kind: float(size) for kind, size in total.items() if size}
+
+
+def largest_array(text: str) -> str:
+    """The largest result of an instruction, as the text has it."""
+    arrays = {match[0] for line in text.splitlines() if " = " in line for match in _ARRAY.finditer(line)}
+    return max(arrays, key=array_bytes, default="")
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name = head[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _callees(rest: str) -> Iterator[str]:
+    yield from _CALLED.findall(rest)
+    for names in _BRANCHES.findall(rest):
+        yield from (name.strip().removeprefix("%") for name in names.split(","))
+
+
+def _trips(rest: str, bodies: dict[str, list[str]], condition: str) -> int:
+    if known := _TRIPS.search(rest):
+        return int(known[1])
+    constants, seen, left = [1], set(), [condition]
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in bodies.get(name, ()):
+            constants += map(int, _CONSTANT.findall(line))
+            left += _callees(line)
+    return max(constants)
+
+
+def _results(result: str, operation: str) -> tuple[str, ...]:
+    arrays = [match[0] for match in _ARRAY.finditer(result)]
+    # The tuple of a started one holds its operands, then its results (a permute: and two counters).
+    if operation.endswith("-start") and result.startswith("(") and operation != "all-reduce-start":
+        arrays = [a for a in arrays if not a.endswith("[]")]
+        arrays = arrays[len(arrays) // 2 :]
+    return tuple(arrays)
+
+
+def _group(rest: str) -> int:
+    match = _GROUPS.search(rest)
+    if not match:
+        return 2  # a permute has pairs
+    return len(match[1].split(",")) if match[1] else int(match[3])
