@@ -170,6 +170,7 @@ class OptimizerConfig:
       microbatch: prompts (with their whole groups) of one forward and backward pass.
       remat: what the backward pass computes again instead of keeping it: "none"; "full", all of each layer;
         "dots", all but products with weights.
+      first_moment: type in which AdamW keeps its first moment; bfloat16 saves 2 bytes a weight.
       max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
     """
 
@@ -182,6 +183,7 @@ class OptimizerConfig:
     minibatches: int = 1
     microbatch: int = 1
     remat: Literal["none", "full", "dots"] = "full"
+    first_moment: Literal["float32", "bfloat16"] = "float32"
     max_skipped: int = 5
 
 

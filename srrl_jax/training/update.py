@@ -33,7 +33,13 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; norms and biases are decayed like the rest, as in the paper."""
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip),
-        optax.adamw(make_schedule(c), b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay),
+        optax.adamw(
+            make_schedule(c),
+            b1=c.beta1,
+            b2=c.beta2,
+            weight_decay=c.weight_decay,
+            mu_dtype=jnp.dtype(c.first_moment),
+        ),
     )
 
 

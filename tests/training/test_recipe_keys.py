@@ -226,6 +226,7 @@ OPTIMIZER = {
     "optimizer.beta1": "0.5",
     "optimizer.beta2": "0.9",
     "optimizer.grad_clip": "10",
+    "optimizer.first_moment": "bfloat16",
 }
 
 # Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
