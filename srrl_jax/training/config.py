@@ -214,7 +214,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. `steps` counts rollout-grade-update rounds."""
+    """Everything that decides a run. `steps` counts rollout-grade-update rounds.
+
+    The steps of `profile` are traced by JAX's profiler.
+    """
 
     run_dir: str
     model: str
@@ -229,6 +232,7 @@ class TrainConfig:
     kl_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    profile: tuple[int, ...] = ()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -257,6 +261,8 @@ class TrainConfig:
         for key, value in least.items():
             if value < 1:
                 raise InputError(f"{key}: must be at least {2 if key == 'group_size' else 1}")
+        if not all(1 <= step <= self.steps for step in self.profile):
+            raise InputError(f"profile: must be of 1 to steps ({self.steps}), not {list(self.profile)}")
         if self.prompts_per_step % (o.minibatches * o.microbatch):
             raise InputError(
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches "

@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> TrainState:
             if session.fresh and held_out:
                 session.write(0, state, *evaluate(0))
 
-            for step in range(session.step + 1, config.steps + 1):
+            for step in session.remaining():
                 rows = step_rows(len(tasks), config.prompts_per_step, step - 1, config.seed)
                 batch_tasks = [tasks[row] for row in rows]
 

@@ -17,7 +17,7 @@ from srrl_jax.training.experience import Task, encode_tasks
 
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh")
+_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile")
 
 
 def check_run(config: TrainConfig) -> list[str]:
@@ -30,6 +30,8 @@ def check_run(config: TrainConfig) -> list[str]:
         shows the keys that differ) or one that is longer.
     """
     run_dir = storage.locate(config.run_dir)
+    if config.profile and storage.is_remote(run_dir):
+        raise InputError("profile: JAX writes traces to disks alone; give a run_dir on one, or leave it out")
     if not storage.is_remote(run_dir):
         existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):

@@ -3,9 +3,10 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Self
 
+import jax
 from rich.console import Console
 from rich.text import Text
 
@@ -86,6 +87,13 @@ class Session:
         changed = f"; {'; '.join(self._changes)}" if self._changes else ""
         self._event("resume", f"from the checkpoint of step {self.step}{changed}")
         return self._state
+
+    def remaining(self) -> Iterator[int]:
+        """The steps that are to be done. Those of `profile` are traced into `run_dir/profile`."""
+        for step in range(self.step + 1, self._config.steps + 1):
+            traced = step in self._config.profile
+            with jax.profiler.trace(self._run_dir / "profile") if traced else nullcontext():
+                yield step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[int, int], None]]:

@@ -106,6 +106,14 @@ def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
     return check
 
 
+def traced(one: Seen, other: Seen) -> bool:
+    """A trace of one step of the two, and the same numbers."""
+    assert one.metrics == other.metrics
+    sessions = list((other.run_dir / "profile" / "plugins" / "profile").iterdir())
+    traces = [file for file in sessions[0].iterdir() if file.name.endswith(".xplane.pb")]
+    return not (one.run_dir / "profile").exists() and len(sessions) == len(traces) == 1
+
+
 def best_kept(one: Seen, other: Seen) -> bool:
     """The checkpoint with the highest reward and the newest, which without the key is alone."""
     rewards = [row["reward/mean"] for row in other.metrics]
@@ -214,6 +222,7 @@ KEYS = {
     "checkpoint.every": Key("1", kept(1, 2)),
     "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
     "checkpoint.best": Key("reward/mean", best_kept, ("checkpoint.every=1", "checkpoint.keep=1", "steps=4")),
+    "profile": Key("[2]", traced),
     "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
     "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
     "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),

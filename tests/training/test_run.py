@@ -24,6 +24,7 @@ def begun(recipe, tmp_path):
         ("checkpoint.keep=7", "checkpoint.keep was 2, now 7"),
         ("checkpoint.preemption_seconds=5", "checkpoint.preemption_seconds was 25.0, now 5.0"),
         ("mesh.fsdp=1", "mesh.fsdp was -1, now 1"),
+        ("profile=[2]", "profile was [], now [2]"),
     ],
 )
 def test_harmless_changes_are_accepted_and_told(recipe, begun, override, change):
@@ -67,3 +68,9 @@ def test_a_check_makes_no_directory(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="run_dir: cannot write"):
         check_run(recipe(tmp_path / "file" / "b"))
+
+
+def test_a_trace_is_refused_where_it_cannot_be_written(recipe, bucket):
+    assert check_run(recipe(bucket / "run")) == []
+    with pytest.raises(InputError, match="profile: .*disks"):
+        check_run(recipe(bucket / "run", "profile=[1]"))
