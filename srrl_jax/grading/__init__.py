@@ -2,7 +2,7 @@
 
 from srrl_jax.grading.asking import GradingItem, opened_thought, split_chat
 from srrl_jax.grading.grader import Grader
-from srrl_jax.grading.judge import Judge
+from srrl_jax.grading.judge import Judge, WeightsJudge
 from srrl_jax.grading.teacher import Teacher, TeacherConfig
 from srrl_jax.grading.voting import Verdict
 
@@ -13,6 +13,7 @@ __all__ = [
     "Teacher",
     "TeacherConfig",
     "Verdict",
+    "WeightsJudge",
     "opened_thought",
     "split_chat",
 ]

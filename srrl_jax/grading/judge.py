@@ -1,9 +1,13 @@
 """The one interface of all graders."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
 
 from srrl_jax.grading.asking import GradingItem
+from srrl_jax.grading.grader import Grader
 from srrl_jax.grading.voting import Verdict
 
 
@@ -15,3 +19,20 @@ class Judge(Protocol):
     def grade(
         self, items: Sequence[GradingItem], on_wave: Callable[[int, int], None] = ...
     ) -> list[list[Verdict]]: ...
+
+
+@dataclass(frozen=True)
+class WeightsJudge:
+    """A grader with the weights of the moment, and the key of its draws."""
+
+    grader: Grader
+    params: Any
+    key: jax.Array
+    name: str = "policy"
+
+    def grade(
+        self,
+        items: Sequence[GradingItem],
+        on_wave: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Verdict]]:
+        return self.grader.grade(self.params, items, self.key, on_wave)

@@ -15,6 +15,9 @@ from srrl_jax.grading.voting import Query, Reply, Verdict, poll
 from srrl_jax.parallel import gather, is_main
 from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, load_template
 
+DECIDES = ("base_url", "model", "parameters", "template", "tries", "votes", "together")
+"""The keys that decide verdicts; the others decide speed and cost."""
+
 
 @dataclass(frozen=True)
 class TeacherConfig(EndpointConfig):
@@ -82,14 +85,13 @@ class Teacher:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of the config decides verdicts, rather than speed and cost."""
-        decides = ("base_url", "model", "parameters", "template", "tries", "votes", "together")
-        return {name: getattr(self.config, name) for name in decides}
+        """What of the config decides verdicts."""
+        return {name: getattr(self.config, name) for name in DECIDES}
 
     @property
     def usage(self) -> Usage:
         """What was asked and paid in this process so far."""
-        return self._endpoint.usage
+        return self._endpoint.usage if self._endpoint else Usage()
 
     def grade(
         self,

@@ -95,9 +95,8 @@ class Setup(NamedTuple):
 
     @property
     def frozen(self) -> tuple:
-        """The starting weights, where a penalty or the grader needs them."""
-        needed = self.config.kl_coef > 0 or self.config.grader == "frozen"
-        return (self.params,) if needed else ()
+        """The starting weights, where they are kept."""
+        return (self.params,) if self.config.needs_frozen else ()
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""

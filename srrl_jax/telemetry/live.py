@@ -24,6 +24,7 @@ from srrl_jax.telemetry.text import duration, number
 COLUMNS = {
     "reward/mean": "reward",
     "eval/self": "eval",
+    "eval/frozen": "by frozen",
     "kl": "kl",
     "entropy": "entropy",
     "completions/mean_length": "length",

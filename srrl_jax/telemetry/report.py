@@ -72,6 +72,7 @@ def write_report(
         title=title or f"Self-rewarding run: {run_dir.name}",
         facts=_facts(yaml.safe_load(config) or {}, metrics),
         table=[_headline(row) for row in table or []],
+        warnings=_warnings(run_dir / "events.jsonl"),
         tiles=_tiles(metrics),
         charts=_charts(metrics, curves or {}),
         splits=_splits(run_dir / "samples.jsonl"),
@@ -102,6 +103,12 @@ def _facts(config: dict, metrics: list[dict]) -> list[tuple[str, str]]:
     if seconds:
         facts.append(("Time", duration(seconds)))
     return facts
+
+
+def _warnings(path: epath.Path) -> list[tuple[int, str]]:
+    """(step, message) of every warning, once though a resumed run gave it again."""
+    rows = iter_jsonl(path) if storage.parts(path) else ()
+    return list(dict.fromkeys((row["step"], row["message"]) for row in rows if row["event"] == "warning"))
 
 
 def _lookup(config: dict, dotted: str) -> object:
@@ -163,11 +170,16 @@ def _charts(metrics: list[dict], curves: Curves) -> list[Chart]:
         Series(label, [(step, v) for step, v in curve if v is not None and math.isfinite(v)], 0)
         for label, curve in curves.items()
     ]
-    rewards = find(("reward/mean", "Self-given reward"), ("eval/self", "Held-out, self-graded"))
+    rewards = find(
+        ("reward/mean", "Self-given reward"),
+        ("eval/self", "Held-out, self-graded"),
+        ("eval/frozen", "Held-out, graded by the frozen start"),
+        ("eval/teacher", "Held-out, graded by the teacher"),
+    )
     rewards += [line for line in outside if line.points]
     rewards = [Series(line.label, line.points, i % 6) for i, line in enumerate(rewards)]
     note = "Mean over the step's responses."
-    if outside:
+    if len(rewards) > 2:
         note = (
             "A self-given reward that climbs while an outside score does not is reward hacking:"
             " the policy learns to please its own grader."
@@ -204,6 +216,7 @@ def _charts(metrics: list[dict], curves: Curves) -> list[Chart]:
                     ("grader/met_rate_negative", "Met, negative criteria"),
                     ("grader/unscorable", "Unscorable"),
                     ("grader/agreement_frozen", "Agreement with the frozen grader"),
+                    ("grader/agreement_teacher", "Agreement with the teacher"),
                 ),
                 fraction=True,
             )

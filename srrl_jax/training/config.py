@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import pydantic
 import yaml
 from etils import epath
 
 from srrl_jax.errors import InputError
+from srrl_jax.grading import TeacherConfig
 from srrl_jax.parallel import MeshConfig
 from srrl_jax.sampling import SamplingConfig
 
@@ -22,12 +23,16 @@ class DataConfig:
       train: training rows.
       eval: held-out rows, optional.
       minus: rows to leave out of the training rows, by prompt_id: main minus Hard is Easy.
+      teacher: graded rows that `srrl grade` wrote, of which lessons in grading are made (`lessons.py`).
+      teacher_share: lessons among all prompts of a run, from 0 to below 1.
       where: tags of the training rows and criteria to keep (see `srrl_jax.data.select`).
     """
 
     train: str
     eval: str | None = None
     minus: str | None = None
+    teacher: str | None = None
+    teacher_share: float = 0.0
     where: tuple[str, ...] = ()
 
 
@@ -205,11 +210,20 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out rows (the first `rows` of data.eval), answered and self-graded every so many steps."""
+    """Held-out rows (the first `rows` of data.eval), answered and graded every so many steps.
+
+    The live policy grades them, and the teacher where there is one, see `srrl_jax.training.monitor`.
+
+    Attributes:
+      frozen: let the starting weights grade them too, which costs a copy of the weights and a pass.
+      margin: a warning is given where the scores by the live and by the frozen weights are further apart.
+    """
 
     every: int = 10
     rows: int = 32
     samples: int = 1
+    frozen: bool = True
+    margin: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +242,8 @@ class TrainConfig:
     seed: int = 0
     prompts_per_step: int = 32
     group_size: int = 4
-    grader: Literal["policy", "frozen"] = "policy"
+    grader: Literal["policy", "frozen", "teacher"] = "policy"
+    teacher: TeacherConfig | None = None
     kl_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -300,6 +315,7 @@ class TrainConfig:
             "loss.entropy_coef": self.loss.entropy_coef,
             "reward.overlong_buffer": self.reward.overlong_buffer,
             "reward.resample": self.reward.resample,
+            "eval.margin": self.eval.margin,
             "optimizer.learning_rate": o.learning_rate,
             "optimizer.warmup_steps": o.warmup_steps,
             "optimizer.weight_decay": o.weight_decay,
@@ -329,8 +345,20 @@ class TrainConfig:
         for key, value in above_0.items():
             if value is not None and not value > 0:
                 raise InputError(f"{key}: must be above 0, not {value}")
+        if not 0 <= self.data.teacher_share < 1:
+            raise InputError(f"data.teacher_share: must be from 0 to below 1, not {self.data.teacher_share}")
+        if self.data.teacher_share > 0 and self.data.teacher is None:
+            raise InputError("data.teacher_share: needs data.teacher, a file that `srrl grade` wrote")
+        if self.grader == "teacher" and self.teacher is None:
+            raise InputError("grader: teacher needs the key teacher, with its base_url, model and cache")
         if self.checkpoint.best == "eval/self" and self.data.eval is None:
             raise InputError("checkpoint.best: eval/self is measured on data.eval, which is not given")
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether the starting weights are kept: for the KL penalty, as grader, or to watch the grader."""
+        watched = self.eval.frozen and self.data.eval is not None
+        return self.kl_coef > 0 or self.grader == "frozen" or watched
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
@@ -410,7 +438,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -> None:
     """Refuses keys that the dataclass `kind` does not have, and names the nearest that it has."""
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields = {field.name: _section(field.type) for field in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
@@ -420,3 +448,8 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -
             _check_keys(fields[key], value, where, f"{path}{key}.")
         elif isinstance(value, bool) and fields[key] is not bool:  # pydantic would read 1 or 0
             raise InputError(f"{where}: {path}{key}: not a switch, so it cannot be {str(value).lower()}")
+
+
+def _section(kind: Any) -> Any:
+    """The dataclass of a section that may be left out; any other type as it is."""
+    return next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)

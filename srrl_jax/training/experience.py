@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem, Verdict, opened_thought
+from srrl_jax.grading import Grader, GradingItem, Judge, Verdict, WeightsJudge, opened_thought
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.rubrics import Example, load_template, score_response, visible_response
+from srrl_jax.rubrics import Example, load_template, parse_verdict, score_response, visible_response
 from srrl_jax.sampling import Buckets, Completion, Sampler
 from srrl_jax.training.config import TrainConfig
 
@@ -33,12 +33,14 @@ class Task(NamedTuple):
       prompt: its tokens.
       opening: "<think>" where the chat template opens the thought, see `opened_thought`.
       row: the number of its row, which its random keys are folded from.
+      met: of a lesson (`lessons.py`) the teacher's verdict, which the completion is to give.
     """
 
     example: Example
     prompt: list[int]
     opening: str
     row: int
+    met: bool | None = None
 
 
 def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer, config: TrainConfig):
@@ -48,7 +50,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
       InputError: names the source, the row, the length and the key to enlarge.
     """
     r, g = config.rollout, config.grading
-    grader = _grader(None, tokenizer, config)
+    grader = make_grader(None, tokenizer, config)
     tasks = []
     for row, example in enumerate(examples):
         rendered = tokenizer.render(list(example.prompt), thinking=r.thinking)
@@ -74,7 +76,8 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
     return tasks
 
 
-def _grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
+def make_grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
+    """A grader at the recipe's settings; without a sampler it only encodes."""
     g = config.grading
     try:
         template = load_template(g.template)
@@ -133,7 +136,7 @@ class SelfRewarder:
         self.sampler, grading_sampler = samplers(
             model, config, mesh, stop_ids=tokenizer.stop_ids, allowed=allowed
         )
-        self.grader = _grader(grading_sampler, tokenizer, config)
+        self.grader = make_grader(grading_sampler, tokenizer, config)
 
     def rollout(
         self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave
@@ -148,28 +151,40 @@ class SelfRewarder:
             on_wave=on_wave,
         )
 
+    def judge(self, params: Any, key: jax.Array) -> WeightsJudge:
+        """These weights as judge, at the recipe's grading settings."""
+        return WeightsJudge(self.grader, params, key)
+
     def grade(
         self,
-        params: Any,
+        judge: Judge,
         tasks: Sequence[Task],
         groups: Sequence[Sequence[Completion]],
-        key: jax.Array,
         on_wave: OnWave,
     ) -> list[list[Graded]]:
-        """Every completion against every criterion of its prompt, as one tree batch; then its reward."""
-        texts = [[self.tokenizer.decode(c.tokens.tolist()) for c in group] for group in groups]
-        items = [
-            GradingItem(task.example.prompt, visible_response(task.opening + text), task.example.rubrics)
-            for task, group in zip(tasks, texts, strict=True)
-            for text in group
+        """Every completion against every criterion of its prompt, in one call; then its reward.
+
+        Lessons need no judge: a completion meets the one criterion by giving the teacher's verdict.
+        """
+        answers = [
+            (task, text, visible_response(task.opening + text))
+            for task, group in zip(tasks, groups, strict=True)
+            for text in (self.tokenizer.decode(c.tokens.tolist()) for c in group)
         ]
-        verdicts = self.grader.grade(params, items, key, on_wave)
-        flat = [
-            Graded(text, item.response, row, score_response(item.criteria, [v.met for v in row]))
-            for text, item, row in zip((t for g in texts for t in g), items, verdicts, strict=True)
-        ]
+        open_ended = [(task, response) for task, _, response in answers if task.met is None]
+        items = [GradingItem(task.example.prompt, r, task.example.rubrics) for task, r in open_ended]
+        judged = iter(judge.grade(items, on_wave) if items else [])
+        flat = []
+        for task, text, response in answers:
+            verdicts = next(judged) if task.met is None else [_agrees(task, text)]
+            reward = score_response(task.example.rubrics, [v.met for v in verdicts])
+            flat.append(Graded(text, response, verdicts, reward))
         each = iter(flat)
         return [[next(each) for _ in group] for group in groups]
+
+
+def _agrees(lesson: Task, text: str) -> Verdict:
+    return Verdict(parse_verdict(lesson.opening + text) is lesson.met, "", 0, 0)
 
 
 def rewards_of(graded: Sequence[Sequence[Graded]]) -> np.ndarray:

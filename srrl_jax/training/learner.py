@@ -39,7 +39,7 @@ class Learner:
     """Turns a step's completions and advantages into updates of the policy.
 
     Attributes:
-      frozen: the starting weights, for the KL penalty and the frozen grader; None where neither is on.
+      frozen: the starting weights, None where `TrainConfig.needs_frozen` is false.
 
     Args:
       model: its structure alone; the weights are read from `config.model`.
@@ -55,8 +55,7 @@ class Learner:
         self._optimizer = make_optimizer(config.optimizer)
         self._update = make_update(self._graphdef, config, self._optimizer)
         self._schedule = make_schedule(config.optimizer)
-        needs_frozen = config.kl_coef > 0 or config.grader == "frozen"
-        self.frozen = jax.tree.map(jnp.copy, self._start) if needs_frozen else None
+        self.frozen = jax.tree.map(jnp.copy, self._start) if config.needs_frozen else None
 
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""

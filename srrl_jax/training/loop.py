@@ -10,12 +10,15 @@ import jax
 import numpy as np
 
 from srrl_jax.data import epochs_done, step_rows
+from srrl_jax.grading import Judge
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import SelfRewarder, Task, rewards_of
+from srrl_jax.training.experience import SelfRewarder, Task
 from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.lessons import with_lessons
+from srrl_jax.training.monitor import eval_metrics, judges_of, open_teacher
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
 from srrl_jax.training.run import check_processes, check_run, load_tasks
@@ -34,11 +37,11 @@ def train(config: TrainConfig) -> TrainState:
     """
     changes = check_run(config)
     tokenizer = load_tokenizer(config.model)
-    tasks, held_out = load_tasks(config, tokenizer)
-    check_processes(config, tasks, held_out)
+    tasks, lessons, held_out = load_tasks(config, tokenizer)
+    check_processes(config, tasks, lessons, held_out)
     mesh = make_mesh(config.mesh)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), open_teacher(config) as teacher:
         model = network(config)
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)
@@ -51,17 +54,19 @@ def train(config: TrainConfig) -> TrainState:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 return jax.random.split(jax.random.fold_in(key, stream))
 
-            def judge():
-                return state.params if config.grader == "policy" else learner.frozen
+            def judge(name: str, key: jax.Array) -> Judge:
+                if name == "teacher":
+                    return teacher
+                return rewarder.judge(learner.frozen if name == "frozen" else state.params, key)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)
                 # 1. The policy answers every prompt with a group of completions.
                 with session.phase("rollout") as on_wave:
                     groups = rewarder.rollout(state.params, tasks, config.group_size, rollout_key, on_wave)
-                # 2. The same weights (or the frozen ones) judge every answer by every criterion.
+                # 2. The same weights (or frozen ones, or a teacher) judge every answer by every criterion.
                 with session.phase("grade") as on_wave:
-                    graded = rewarder.grade(judge(), tasks, groups, grade_key, on_wave)
+                    graded = rewarder.grade(judge(config.grader, grade_key), tasks, groups, on_wave)
                 longest = config.rollout.max_new_tokens
                 return groups, graded, training_rewards(tasks, groups, graded, config.reward, longest)
 
@@ -71,16 +76,19 @@ def train(config: TrainConfig) -> TrainState:
                     groups = rewarder.rollout(
                         state.params, held_out, config.eval.samples, rollout_key, on_wave
                     )
-                    graded = rewarder.grade(judge(), held_out, groups, grade_key, on_wave)
-                samples = sample_rows("eval", held_out, groups, graded)
-                return {"eval/self": completion_metrics(samples, rewards_of(graded))["reward/mean"]}, samples
+                    graded = {
+                        name: rewarder.grade(judge(name, grade_key), held_out, groups, on_wave)
+                        for name in judges_of(config)
+                    }
+                samples = sample_rows("eval", held_out, groups, graded.pop("self"), others=graded)
+                return eval_metrics(samples), samples
 
             if session.fresh and held_out:
                 session.write(0, state, *evaluate(0))
 
             for step in session.remaining():
                 rows = step_rows(len(tasks), config.prompts_per_step, step - 1, config.seed)
-                batch_tasks = [tasks[row] for row in rows]
+                batch_tasks = with_lessons([tasks[row] for row in rows], lessons, config, step - 1)
 
                 groups, graded, rewards = experience(batch_tasks, step, TRAIN)
                 for attempt in range(config.reward.resample):
@@ -114,5 +122,7 @@ def train(config: TrainConfig) -> TrainState:
                     metrics |= more
                     samples += held_out_samples
                 session.times |= rates(groups, graded, session.times)
+                if teacher:
+                    session.times["perf/teacher_cost"] = teacher.usage.cost
                 session.write(step, state, metrics, samples, groups)
     return state

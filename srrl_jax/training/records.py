@@ -1,7 +1,8 @@
 """What a step writes down: its metrics and its samples."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from etils import epath
@@ -16,6 +17,9 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
     Args:
       rewards: [N, G], NaN where there is none.
     """
+    lessons = [row["reward"] for row in rows if row["split"] == "lesson"]
+    rows = [row for row in rows if row["split"] != "lesson"]
+    rewards = rewards[: len(rows) // rewards.shape[1]]  # lessons are the last
     judged = [criterion for row in rows for criterion in row["criteria"]]
     scored = [criterion for criterion in judged if criterion["verdict"] is not None]
     known = [row[~np.isnan(row)] for row in rewards]
@@ -29,7 +33,7 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
         "grader/met_rate": _mean([criterion["verdict"] for criterion in scored]),
         "grader/met_rate_negative": _mean([c["verdict"] for c in scored if c["points"] < 0]),
         "grader/tokens_per_verdict": _mean([criterion["tokens"] for criterion in judged]),
-    }
+    } | ({"lessons/right": _mean(lessons)} if lessons else {})
 
 
 def update_metrics(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
@@ -63,11 +67,15 @@ def sample_rows(
     groups: Sequence[Sequence[Completion]],
     graded: Sequence[Sequence[Graded]],
     advantages: np.ndarray | None = None,
+    others: Mapping[str, Sequence[Sequence[Graded]]] = MappingProxyType({}),
 ) -> list[dict]:
-    """One `samples.jsonl` row for each completion, with every criterion and its verdict."""
+    """One `samples.jsonl` row for each completion, with every criterion and its verdict.
+
+    `others` are the same completions by other judges, whose verdicts stand under their names.
+    """
     return [
         {
-            "split": split,
+            "split": split if task.met is None else "lesson",
             "prompt_id": task.example.prompt_id,
             "sample": j,
             "prompt": list(task.example.prompt),
@@ -87,7 +95,8 @@ def sample_rows(
                     "tries": verdict.tries,
                     "tokens": verdict.tokens,
                 }
-                for criterion, verdict in zip(task.example.rubrics, g.verdicts, strict=True)
+                | {name: judged[i][j].verdicts[k].met for name, judged in others.items()}
+                for k, (criterion, verdict) in enumerate(zip(task.example.rubrics, g.verdicts, strict=True))
             ],
         }
         for i, task in enumerate(tasks)

@@ -18,8 +18,10 @@ from srrl_jax.rubrics import Criterion, score_response
 from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.training.checkpoint import Checkpoints
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import Graded, rewards_of
+from srrl_jax.training.experience import Graded
 from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.lessons import with_lessons
+from srrl_jax.training.monitor import eval_metrics
 from srrl_jax.training.records import completion_metrics, read_tokens, tokens_path, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards
 from srrl_jax.training.run import load_tasks
@@ -63,7 +65,7 @@ def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
         raise InputError(f"{run_dir}: there is no training step {step}; the last one is {last}")
     logged = metrics[step]
     tokenizer = load_tokenizer(config.model)
-    tasks, _ = load_tasks(config, tokenizer)
+    tasks, lessons, _ = load_tasks(config, tokenizer)
     mesh = make_mesh(config.mesh)
 
     with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
@@ -74,10 +76,9 @@ def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
             _, state = checkpoints.restore(start, like=state)
         samples = _samples(run_dir, range(start + 1, step + 1))
         for current in range(start + 1, step + 1):
-            rows = samples["train", current]
-            batch_tasks = [
-                tasks[row] for row in step_rows(len(tasks), config.prompts_per_step, current - 1, config.seed)
-            ]
+            rows = samples["train", current] + samples.get(("lesson", current), [])
+            drawn = step_rows(len(tasks), config.prompts_per_step, current - 1, config.seed)
+            batch_tasks = with_lessons([tasks[row] for row in drawn], lessons, config, current - 1)
             groups = read_tokens(tokens_path(run_dir, current), [row["truncated"] for row in rows])
             graded = _graded(rows, config.group_size)
             rewards = training_rewards(
@@ -94,8 +95,7 @@ def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
     values = completion_metrics(rows, rewards) | update_metrics(learnt)
     values["data/epoch"] = epochs_done(len(tasks), config.prompts_per_step, step)
     if held_out:
-        held_out_rewards = rewards_of(_graded(held_out, config.eval.samples))
-        values["eval/self"] = completion_metrics(held_out, held_out_rewards)["reward/mean"]
+        values |= eval_metrics(held_out)
     found = [
         *_each("prompt", rows, "prompt_id", [t.example.prompt_id for t in batch_tasks for _ in groups[0]]),
         *_each("completion", rows, "completion", [tokenizer.decode(c.tokens.tolist()) for c in flat]),

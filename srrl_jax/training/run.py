@@ -1,5 +1,6 @@
 """What a run needs before anything expensive starts: its directory and its rows."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ import yaml
 from srrl_jax import storage
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
+from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import gather
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import Task, encode_tasks
+from srrl_jax.training.experience import Task, encode_tasks, make_grader
+from srrl_jax.training.lessons import load_lessons
 
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile")
+_SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig) if field.name not in DECIDES]
+_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", *_SPEED)
 
 
 def check_run(config: TrainConfig) -> list[str]:
@@ -42,7 +46,7 @@ def check_run(config: TrainConfig) -> list[str]:
     if not (path.exists() and done):
         return []
     differences = list(_differences(yaml.safe_load(path.read_text()), config.to_dict()))
-    refused = [text for key, text in differences if key.split(".")[0] not in _MAY_CHANGE]
+    refused = [text for key, text in differences if not {key, key.split(".")[0]} & {*_MAY_CHANGE}]
     if refused:
         raise InputError(
             f"{run_dir} holds a run of another recipe: {'; '.join(refused)}. "
@@ -67,18 +71,25 @@ def write_config(config: TrainConfig) -> None:
         raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from None
 
 
-def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], list[Task]]:
-    """Training rows and held-out rows (none without data.eval), checked against the bucket table."""
+def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], list[Task], list[Task]]:
+    """Training rows, lessons (none without data.teacher) and held-out rows (none without data.eval).
+
+    All are checked against the bucket table.
+    """
     examples = load_examples(config.data.train)
     if config.data.minus is not None:
         examples = subtract(examples, load_examples(config.data.minus))
     examples = select(examples, config.data.where)
     tasks = encode_tasks(examples, config.data.train, tokenizer, config)
+    lessons = []
+    if config.data.teacher is not None:
+        grader = make_grader(None, tokenizer, config)
+        lessons = load_lessons(config.data.teacher, grader, config, first_row=len(tasks))
     if config.data.eval is None:
-        return tasks, []
+        return tasks, lessons, []
     held_out = load_examples(config.data.eval)
     check_disjoint(examples, held_out)
-    return tasks, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
+    return tasks, lessons, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
 
 
 def check_processes(config: TrainConfig, *tasks: list[Task]) -> None:

@@ -19,6 +19,7 @@ from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.guards import SkippedUpdates, new_warnings
+from srrl_jax.training.monitor import parting
 from srrl_jax.training.preemption import EXIT_CODE, Preempted, Preemption
 from srrl_jax.training.records import tokens_path, write_tokens
 from srrl_jax.training.run import write_config
@@ -136,7 +137,8 @@ class Session:
                 if groups is not None:
                     write_tokens(tokens_path(self._run_dir, step), groups)
                 self.log.write(step, metrics, samples, self.times)
-                for message in new_warnings(metrics, self._metrics):
+                parted = parting(metrics, self._config.eval.margin)
+                for message in [*new_warnings(metrics, self._metrics), *parted]:
                     self._event("warning", message, step)
         self._live.update(step, metrics | self.times)
         self.times.clear()  # so the next line tells how long this checkpoint took

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from srrl_jax.grading import Grader, Verdict
+from srrl_jax.grading import Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
@@ -28,9 +28,9 @@ def judges(monkeypatch) -> dict[str, list[np.ndarray]]:
     for name in seen:
         method = getattr(SelfRewarder, name)
 
-        def spy(self, params, *rest, name=name, method=method):
-            seen[name].append(values_of(params))
-            return method(self, params, *rest)
+        def spy(self, who, *rest, name=name, method=method):
+            seen[name].append(values_of(who if name == "rollout" else who.params))
+            return method(self, who, *rest)
 
         monkeypatch.setattr(SelfRewarder, name, spy)
     return seen
@@ -52,13 +52,13 @@ def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_f
     assert same(grades[1], answers[1] if grader == "policy" else answers[0])
 
 
-class Told(Grader):
+class Told:
     """Keeps what it is asked to grade."""
 
     def __init__(self):
         self.items = []
 
-    def grade(self, params, items, key, on_wave=None):
+    def grade(self, items, on_wave):
         self.items += items
         return [[] for _ in items]
 
@@ -75,28 +75,25 @@ class Told(Grader):
 )
 def test_thoughts_never_reach_the_grader(opening, completion, shown):
     rewarder = SelfRewarder.__new__(SelfRewarder)
-    rewarder.tokenizer, rewarder.grader = load_tokenizer(CHECKPOINT), Told()
+    rewarder.tokenizer, judge = load_tokenizer(CHECKPOINT), Told()
     rewarder.tokenizer.decode = lambda ids: completion
     example = Example(({"role": "user", "content": "hi"},), (), "id")
     group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
-    ((graded,),) = rewarder.grade(None, [Task(example, [1], opening, 0)], [group], None, None)
-    (asked,) = rewarder.grader.items
+    ((graded,),) = rewarder.grade(judge, [Task(example, [1], opening, 0)], [group], None)
+    (asked,) = judge.items
     assert asked.response == graded.response == shown
     assert graded.text == completion and graded.reward is None
 
 
 def test_a_reward_comes_from_the_readable_verdicts_alone():
-    class Half(Grader):
-        def __init__(self):
-            pass
-
-        def grade(self, params, items, key, on_wave=None):
+    class Half:
+        def grade(self, items, on_wave):
             return [[Verdict(True, "", 1, 1), Verdict(None, "", 2, 2), Verdict(True, "", 1, 1)]]
 
     rewarder = SelfRewarder.__new__(SelfRewarder)
-    rewarder.tokenizer, rewarder.grader = load_tokenizer(CHECKPOINT), Half()
+    rewarder.tokenizer = load_tokenizer(CHECKPOINT)
     rubrics = (Criterion("a", 4.0), Criterion("b", 100.0), Criterion("c", -1.0))
     example = Example(({"role": "user", "content": "hi"},), rubrics, "id")
     group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
-    ((graded,),) = rewarder.grade(None, [Task(example, [1], "", 0)], [group], None, None)
+    ((graded,),) = rewarder.grade(Half(), [Task(example, [1], "", 0)], [group], None)
     assert graded.reward == 0.75

@@ -136,6 +136,11 @@ def eval_lines(steps: list[int], rows: int) -> Callable[[Seen, Seen], bool]:
     return check
 
 
+def judged_by_frozen(one: Seen, other: Seen) -> bool:
+    named = [{name for row in seen.metrics for name in row if "frozen" in name} for seen in (one, other)]
+    return named == [{"eval/frozen", "grader/agreement_frozen"}, set()]
+
+
 def lines(count: int) -> Callable[[Seen, Seen], bool]:
     return lambda one, other: len(other.metrics) == count != len(one.metrics)
 
@@ -226,6 +231,7 @@ KEYS = {
     "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
     "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
     "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
+    "eval.frozen": Key("false", judged_by_frozen, EVAL),
 }  # fmt: skip
 
 # Of AdamW: tried without a run, which shows by the learning rate that it uses this optimizer.
@@ -239,8 +245,13 @@ OPTIMIZER = {
 }
 
 # Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
-# test_guards.py, that of preemption_seconds in test_preemption.py.
+# test_guards.py, that of preemption_seconds in test_preemption.py, those of teacher and eval.margin in
+# test_monitor.py, those of data.teacher in test_lessons.py.
 ELSEWHERE = {
+    "teacher",
+    "eval.margin",
+    "data.teacher",
+    "data.teacher_share",
     "run_dir",
     "rollout.sampling.top_k",
     "rollout.sampling.top_p",

@@ -105,7 +105,7 @@ def test_an_unknown_key_like_no_other_lists_what_there_is():
         ("rollout.prompt_buckets=[a]", "rollout.prompt_buckets.0: "),
         ("rollout.thinking=perhaps", "rollout.thinking: "),
         ("steps.more=3", "steps: "),
-        ("grader=teacher", "grader: Input should be 'policy' or 'frozen'"),
+        ("grader=oracle", "grader: Input should be 'policy', 'frozen' or 'teacher'"),
         ("dtype=float16", "dtype: Input should be 'float32' or 'bfloat16'"),
         ("loss.kl_estimator=k4", "loss.kl_estimator: Input should be 'k1', 'k2' or 'k3'"),
     ],

@@ -1,0 +1,97 @@
+"""Reward hacking, seen while it happens: held-out answers under the eyes of several judges.
+
+The live policy is both pupil and judge, so its score can rise because its answers got better or because
+its judgement got laxer. A frozen copy at the starting weights has the same skill and cannot drift; a
+teacher has another skill. Where the live score leaves theirs behind, the judge has moved.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from srrl_jax.grading import Teacher
+from srrl_jax.rubrics import Criterion, score_response
+from srrl_jax.training.config import TrainConfig
+
+JUDGES = ("frozen", "teacher")  # beside the live policy
+_CAUSES = {
+    "frozen": "Likely cause: its judgement has drifted, so that it pleases its own grader; kl_coef, "
+    "grader=frozen or a lower optimizer.learning_rate hold it",
+    "teacher": "Likely cause: it grades worse than the teacher, and its answers make use of that; "
+    "data.teacher and grader=teacher help",
+}
+_SEEN = 4  # verdicts on a criterion, at least, before it can be called saturated
+_ALMOST = 0.05
+
+
+def judges_of(config: TrainConfig) -> list[str]:
+    """Who grades held-out answers: "self", and where the recipe has them "frozen" and "teacher"."""
+    extra = {"frozen": config.eval.frozen, "teacher": config.teacher is not None}
+    return ["self", *(name for name, given in extra.items() if given)] if config.data.eval else []
+
+
+def open_teacher(config: TrainConfig) -> AbstractContextManager[Teacher | None]:
+    """The recipe's teacher, if it has one. Raises InputError: see `Teacher`."""
+    return Teacher(config.teacher) if config.teacher else nullcontext()
+
+
+def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
+    """Scores of held-out answers, and how far their judges agree, from the rows that `sample_rows` makes.
+
+    Returns:
+      eval/JUDGE, the mean score by "self", which is the live policy, and by each other judge;
+      grader/agreement_JUDGE, of each other judge: the share of equal verdicts among those that both could
+      read. By the live policy: eval/met_rate_negative; eval/saturated_met and eval/saturated_unmet, the
+      shares of criteria (by their text, with at least 4 verdicts) that (almost) all or none of the answers
+      meet. eval/mean_length in tokens. NaN for what has no values.
+    """
+    judged = [criterion for row in rows for criterion in row["criteria"]]
+    others = [name for name in JUDGES if name in judged[0]]
+    metrics = {"eval/self": _mean_score(rows, "verdict")}
+    for name in others:
+        both = [(c["verdict"], c[name]) for c in judged if None not in (c["verdict"], c[name])]
+        metrics[f"eval/{name}"] = _mean_score(rows, name)
+        metrics[f"grader/agreement_{name}"] = _mean([a == b for a, b in both])
+    by_criterion, negative = defaultdict(list), []
+    for criterion in (c for c in judged if c["verdict"] is not None):
+        by_criterion[criterion["criterion"]].append(criterion["verdict"])
+        if criterion["points"] < 0:
+            negative.append(criterion["verdict"])
+    shares = [np.mean(met) for met in by_criterion.values() if len(met) >= _SEEN]
+    return metrics | {
+        "eval/met_rate_negative": _mean(negative),
+        "eval/saturated_met": _mean([share >= 1 - _ALMOST for share in shares]),
+        "eval/saturated_unmet": _mean([share <= _ALMOST for share in shares]),
+        "eval/mean_length": _mean([row["tokens"] for row in rows]),
+    }
+
+
+def parting(metrics: Mapping[str, float], margin: float) -> list[str]:
+    """A warning for each judge whose score and the live policy's are further apart than `margin`."""
+    live, messages = metrics.get("eval/self", math.nan), []
+    for name, who in (("frozen", "its frozen start"), ("teacher", "the teacher")):
+        score = metrics.get(f"eval/{name}", math.nan)
+        if abs(live - score) > margin:
+            messages.append(
+                f"the policy gives its held-out answers {live:.3f}, {who} gives them {score:.3f}: "
+                f"further apart than eval.margin ({margin:g}). {_CAUSES[name]}; read the eval samples"
+            )
+    return messages
+
+
+def _mean_score(rows: Sequence[Mapping], judge: str) -> float:
+    scores = [
+        score_response(
+            [Criterion(c["criterion"], c["points"]) for c in row["criteria"]],
+            [c[judge] for c in row["criteria"]],
+        )
+        for row in rows
+    ]
+    return _mean([score for score in scores if score is not None])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

@@ -1,0 +1,139 @@
+"""Held-out answers under several judges, and the warning where they part."""
+
+import math
+
+import numpy as np
+import pytest
+
+from srrl_jax.errors import InputError
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.telemetry.report import write_report
+from srrl_jax.tinyworld import oracle_score
+from srrl_jax.training import TrainConfig, train
+from srrl_jax.training.monitor import eval_metrics, parting
+
+
+def row(*criteria: tuple[str, float, bool | None, bool | None], tokens: int = 10) -> dict:
+    """A row of samples.jsonl; criteria are (text, points, verdict, the frozen judge's)."""
+    names = ("criterion", "points", "verdict", "frozen")
+    return {"tokens": tokens, "criteria": [dict(zip(names, c, strict=True)) for c in criteria]}
+
+
+def test_all_figures_by_hand():
+    rows = [
+        row(("all", 4, True, True), ("none", 4, False, None), ("bad", -2, i == 0, False), tokens=10 + i)
+        for i in range(4)
+    ]
+    rows.append(row(("rare", 1, None, False), ("all", 3, True, False), tokens=14))
+    metrics = eval_metrics(rows)
+    assert metrics["eval/self"] == pytest.approx((0.25 + 3 * 0.5 + 1) / 5)
+    assert metrics["eval/frozen"] == pytest.approx((4 * 1 + 0) / 5)  # unread criteria leave both sums
+    assert metrics["grader/agreement_frozen"] == 7 / 9  # of the pairs that both could read
+    assert metrics["eval/met_rate_negative"] == 1 / 4
+    # "rare" has too few verdicts; "bad" is met by one of four.
+    assert metrics["eval/saturated_met"] == metrics["eval/saturated_unmet"] == 1 / 3
+    assert metrics["eval/mean_length"] == 12
+    alone = eval_metrics([{"tokens": 1, "criteria": [{"criterion": "a", "points": 5, "verdict": None}]}])
+    assert math.isnan(alone["eval/self"]) and "eval/frozen" not in alone
+
+
+@pytest.mark.parametrize(
+    ("live", "others", "warned"),
+    [
+        (0.5, {"frozen": 0.3}, ["frozen start"]),
+        (0.3, {"frozen": 0.5}, ["frozen start"]),
+        (0.5, {"frozen": 0.45, "teacher": 0.2}, ["the teacher"]),
+        (0.5, {"frozen": 0.3, "teacher": 0.2}, ["frozen start", "the teacher"]),
+        (math.nan, {"frozen": 0.3}, []),
+        (0.5, {"frozen": math.nan}, []),
+        (0.5, {}, []),
+    ],
+)
+def test_a_warning_needs_a_gap_over_the_margin(live, others, warned):
+    metrics = {"eval/self": live} | {f"eval/{name}": score for name, score in others.items()}
+    messages = parting(metrics, 0.1)
+    assert len(messages) == len(warned)
+    assert all(
+        who in said and "eval.margin (0.1)" in said for who, said in zip(warned, messages, strict=True)
+    )
+
+
+@pytest.fixture
+def teacher(oracle_server, tmp_path) -> list[str]:
+    """Overrides that give a run the oracle as its teacher."""
+    return [
+        f"teacher.base_url={oracle_server.url}",
+        "teacher.model=oracle-1",
+        "teacher.key_env=TEACHER_KEY",
+        f"teacher.cache={tmp_path / 'cache.sqlite'}",
+        "teacher.template=srrl_jax/tinyworld/grader.txt",
+        "teacher.backoff=0.001",
+        "teacher.retries=1",
+    ]
+
+
+def truth_of(row: dict) -> float:
+    """The oracle's score of a row of samples.jsonl."""
+    rubrics = [{"criterion": c["criterion"], "points": c["points"]} for c in row["criteria"]]
+    return oracle_score({"prompt": row["prompt"], "rubrics": rubrics}, row["response"])
+
+
+EVAL = ("data.eval=srrl_jax/tinyworld/hard.jsonl", "eval.rows=4", "eval.samples=2")
+
+
+def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_path, capsys):
+    run, calm = tmp_path / "run", tmp_path / "calm"
+    overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "kl_coef=0"]
+    train(recipe(run, *overrides, "eval.margin=0"))
+    start, _, end = read_jsonl(run / "metrics.jsonl")
+    # At the start the two have the same weights and the same random keys.
+    assert start["eval/self"] == start["eval/frozen"] and start["grader/agreement_frozen"] == 1
+    assert end["eval/self"] != end["eval/frozen"] and end["grader/agreement_frozen"] < 1
+    samples = [row for row in read_jsonl(run / "samples.jsonl") if row["split"] == "eval"]
+    truth = [truth_of(row) for row in samples if row["step"] == 2]
+    assert end["eval/teacher"] == pytest.approx(np.mean(truth))
+    warnings = [row for row in read_jsonl(run / "events.jsonl") if "eval.margin" in row["message"]]
+    assert [row["step"] for row in warnings if "frozen start" in row["message"]] == [2]
+    shown = capsys.readouterr().out
+    assert all(row["message"] in shown for row in warnings)
+    train(recipe(calm, *overrides, "eval.margin=1000"))
+    assert (calm / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert not any("eval.margin" in row["message"] for row in read_jsonl(calm / "events.jsonl"))
+    page = write_report(run).read_text()
+    assert "Warnings" in page and "further apart than" in page and "graded by the teacher" in page
+
+
+def test_a_teacher_can_be_the_grader_and_its_death_costs_nothing_paid(
+    recipe, quick_compile, teacher, oracle_server, tmp_path
+):
+    knows, run = oracle_server.say, tmp_path / "run"
+    overrides = [*teacher, "grader=teacher", "checkpoint.every=1"]
+
+    def dies(prompt, count):
+        return knows(prompt, count) if count < 30 else oracle_server.raw(0)
+
+    oracle_server.say = dies
+    with pytest.raises(InputError, match="run the same command again to go on"):
+        train(recipe(run, *overrides))
+    paid = {request["messages"][0]["content"] for request in oracle_server.requests[:30]}
+    oracle_server.requests.clear()
+    oracle_server.say = knows
+    train(recipe(run, *overrides, "teacher.concurrency=4"))  # which may change
+    again = {request["messages"][0]["content"] for request in oracle_server.requests}
+    assert again and not again & paid
+    for row in read_jsonl(run / "samples.jsonl"):
+        assert row["reward"] == pytest.approx(truth_of(row))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"sk-very-secret" in path.read_bytes() for path in files)
+
+
+def test_a_teacher_without_a_key_is_refused_before_anything_starts(recipe, teacher, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="grader: teacher needs the key teacher"):
+        recipe(tmp_path / "run", "grader=teacher")
+    with pytest.raises(InputError, match="did you mean 'teacher.template'"):
+        recipe(tmp_path / "run", *teacher, "teacher.templat=x")
+    monkeypatch.delenv("TEACHER_KEY")
+    with pytest.raises(InputError, match="TEACHER_KEY is not set"):
+        train(recipe(tmp_path / "run", *teacher))
+    assert not (tmp_path / "run").exists()
+    assert TrainConfig.from_dict(recipe(tmp_path / "run", *teacher).to_dict()).teacher.model == "oracle-1"
