@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--int8", default="none", choices=["none", "weights", "weights_kv"])
     parser.add_argument("--lengths", default="fixed", choices=["fixed", "geometric"])
     args = parser.parse_args()
     limit_threads(args.threads)
@@ -37,7 +38,7 @@ def main() -> None:
     produced = {}
 
     def runner(stop_ids):
-        sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=stop_ids)
+        sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=stop_ids, int8=args.int8)
 
         def run(rep: int) -> None:
             results = sampler.generate(params, ids, [[[]] * args.group] * prompts, jax.random.key(rep))

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.models.attention import NEVER, near
+from srrl_jax.models.int8 import Int8, quantize
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.models.rope import rope
 from srrl_jax.parallel import constrain
+
+Cache = jax.Array | Int8  # of shape [...] or, in 8 bits, with a scale for each token and head
 
 
 class Rows(NamedTuple):
@@ -23,8 +26,8 @@ class Rows(NamedTuple):
     [R, N / R * B], which slot of its shard holds the branch of a cell (any, where none does).
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Cache, ...]
+    v: tuple[Cache, ...]
     lengths: jax.Array
     slots: jax.Array
 
@@ -37,8 +40,8 @@ class Slots(NamedTuple):
     branch's cell among those of its shard; `end` int32.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[Cache, ...]
+    v: tuple[Cache, ...]
     lengths: jax.Array
     positions: jax.Array
     cells: jax.Array
@@ -58,9 +61,13 @@ def pick(x: jax.Array, index: jax.Array) -> jax.Array:
 class Decoder(nnx.Module):
     """A Qwen3 with its layers apart, in its compute type: `nnx.state(Decoder(model))` is what decoding
     takes in place of `nnx.state(model)`.
+
+    Args:
+      int8: keep the weights of attention and dense MLPs in 8 bits, with a scale for each output; the
+        embedding, the head, norms, routers and experts are as they are without.
     """
 
-    def __init__(self, model: Qwen3):
+    def __init__(self, model: Qwen3, int8: bool = False):
         def cast(x):
             return x.astype(model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -82,6 +89,9 @@ class Decoder(nnx.Module):
         stacks = [model.moe_layers if experts else model.layers for experts in kinds]
         places = [kinds[:i].count(experts) for i, experts in enumerate(kinds)]
         self.layers = nnx.List(part(stack, i) for stack, i in zip(stacks, places, strict=True))
+        for layer in self.layers if int8 else ():
+            for linear in layer.projections().values():
+                linear.quantize()
 
     def step(self, tokens: jax.Array, alive: jax.Array, rows: Rows, slots: Slots) -> tuple[jax.Array, Slots]:
         """Runs one token int32 [S] of each slot; those not alive, bool [S], need not be right.
@@ -110,12 +120,8 @@ class Decoder(nnx.Module):
                 slot_mask = in_slot & (age < windows[i])
 
             def look(q, k, v, i=i, row_mask=row_mask, slot_mask=slot_mask):
-                k = k.astype(slots.k[i].dtype).reshape(*k.shape[:1], *k.shape[3:], 1)
-                v = v.astype(slots.v[i].dtype).reshape(*v.shape[:1], v.shape[3], 1, v.shape[4])
-                k = jax.lax.dynamic_update_slice(slots.k[i], k, (0, 0, 0, slots.end))
-                v = jax.lax.dynamic_update_slice(slots.v[i], v, (0, 0, slots.end, 0))
-                new_k.append(constrain(k, "batch", "kv_heads", None, None))
-                new_v.append(constrain(v, "batch", "kv_heads", None, None))
+                new_k.append(_write(slots.k[i], k[:, 0, 0, :, :, None], 3, slots.end))
+                new_v.append(_write(slots.v[i], v[:, 0, 0, :, None, :], 2, slots.end))
                 own = (new_k[i], new_v[i], slot_mask)
                 shared = (rows.k[i], rows.v[i], row_mask)
                 out = _attend(q[:, 0, 0], own, shared, slots.cells, rows.slots)
@@ -133,6 +139,21 @@ class Decoder(nnx.Module):
 
     head = Qwen3.head
     logits = Qwen3.logits
+
+
+def stored(new: jax.Array, cache: Cache, axis: int) -> Cache:
+    """Keys (tokens along axis 3) or values (axis 2) in the form in which `cache` keeps its own."""
+    return quantize(new, axis=5 - axis) if isinstance(cache, Int8) else new.astype(cache.dtype)
+
+
+def _write(cache: Cache, new: jax.Array, axis: int, column: jax.Array) -> Cache:
+    """The cache of all slots with the keys or values of one more token at `column`."""
+
+    def one(old, new):
+        written = jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
+        return constrain(written, "batch", "kv_heads", None, None)
+
+    return jax.tree.map(one, cache, stored(new, cache, axis))
 
 
 def _attend(q, own, shared, cells, slots) -> jax.Array:
@@ -169,9 +190,14 @@ def _attend(q, own, shared, cells, slots) -> jax.Array:
 
 def _softmax_part(q, k, v, mask):
     """Maximum, sum and weighted values, float32 [A, K, Q, 1 or D], of queries over some of their keys."""
-    scores = jnp.einsum("akqd,akds->akqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, NEVER)
+    # A scale is of a whole key or value, so it can be applied to the scores and the weights instead.
+    one = jnp.ones((1, 1), jnp.float32)
+    k, k_scale = k if isinstance(k, Int8) else (k, one)
+    v, v_scale = v if isinstance(v, Int8) else (v, one)
+    scores = jnp.einsum("akqd,akds->akqs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * k_scale, NEVER)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
-    values = jnp.einsum("akqs,aksd->akqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weighted = (weights * v_scale.mT).astype(q.dtype)
+    values = jnp.einsum("akqs,aksd->akqd", weighted, v.astype(q.dtype), preferred_element_type=jnp.float32)
     return top, weights.sum(-1, keepdims=True), values

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from srrl_jax.models.int8 import quantize
+
 # XLA:CPU multiplies up to about this many rows a third faster as weight @ x.T than as x @ weight.T, and
 # would turn one into the other but for a barrier. Elsewhere so few rows wait for the weights anyway.
 _FEW = 64
@@ -36,7 +38,10 @@ class Scale(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x [..., in] -> [..., out] with a weight [out, in] as `transformers` keeps it."""
+    """x [..., in] -> [..., out] with a weight [out, in] as `transformers` keeps it.
+
+    After `quantize` the weight is int8, with a float32 `scale` [out].
+    """
 
     def __init__(
         self,
@@ -52,9 +57,17 @@ class Linear(nnx.Module):
 
         self.weight = _parameter(normal, stack, sizes, axes)
         self.bias = _parameter(jnp.zeros, stack, sizes[:1], axes[:1]) if bias else None
+        self.scale = nnx.data(None)
+
+    def quantize(self) -> None:
+        axes, (values, scale) = self.weight.get_metadata()["axes"], quantize(self.weight[...], axis=-1)
+        self.weight = nnx.Param(values, axes=axes)
+        self.scale = nnx.Param(scale[..., 0], axes=axes[:-1])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.weight[...])
+        y = project(x, self.weight[...], jnp.float32 if self.scale is not None else None)
+        if self.scale is not None:
+            y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -70,6 +70,11 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(c.hidden_size, c.intermediate_size, stack, rngs=rngs)
 
+    def projections(self) -> dict[str, Linear]:
+        """Its products with weights by name, those of experts and their router left out."""
+        parts = [self.self_attn] if isinstance(self.mlp, MoE) else [self.self_attn, self.mlp]
+        return {name: x for part in parts for name, x in vars(part).items() if isinstance(x, Linear)}
+
     def __call__(self, x, mask, cos, sin, look: Look):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
         y, kept = self.self_attn(self.input_layernorm(x), cos, sin, look)

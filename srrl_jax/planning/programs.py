@@ -175,11 +175,11 @@ def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> 
     rule, number = _everywhere(sampler.rule, mesh), _everywhere(np.int32(0), mesh)
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
-    decoder = compiler(unstack, sampler.graphdef, setup.params, mesh, held=others)
+    decoder = compiler(unstack, sampler.graphdef, setup.params, mesh, sampler.int8_weights, held=others)
     wave = schedule.next_wave()
     prefix, width, shift = schedule.sizes(wave)
     running = compiler(
-        empty, key, sampler.config, sampler.dtype,
+        empty, key, sampler.config, sampler.dtype, sampler.int8_caches,
         rows=schedule.row.size, cells=schedule.cells, slots=schedule.length.size,
         shards=sampler.shards, prefix=prefix, width=width, held=(setup.params, decoder, others),
     )  # fmt: skip

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models.attention import Segment
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.decoder import Rows, Slots, pick
+from srrl_jax.models.decoder import Rows, Slots, pick, stored
+from srrl_jax.models.int8 import quantize
 from srrl_jax.models.tree import TreeBatch, last_states
 from srrl_jax.parallel import constrain
 from srrl_jax.sampling.tokens import choose
@@ -80,11 +81,15 @@ def prefill(graphdef, params, tree: TreeBatch) -> tuple[jax.Array, Segment, Segm
     return last_states(nnx.merge(graphdef, params), tree)
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "rows", "cells", "slots", "shards", "prefix", "width"))
+@partial(
+    jax.jit,
+    static_argnames=("config", "dtype", "int8", "rows", "cells", "slots", "shards", "prefix", "width"),
+)
 def empty(
     key,
     config: Qwen3Config,
     dtype,
+    int8: bool,
     *,
     rows: int,
     cells: int,
@@ -95,23 +100,22 @@ def empty(
 ) -> Running:
     """Nothing runs yet: N rows of B cells, S slots, room for P prefix tokens and W own ones.
 
-    Any `key` shows the kind of random keys to come.
+    The caches are of `dtype`, or of 8 bits. Any `key` shows the kind of random keys to come.
     """
 
-    def cache(n, *last):
-        shape = (n, config.num_key_value_heads, *last)
-        return tuple(
-            constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
-            for _ in range(config.num_hidden_layers)
-        )
+    def cache(n, *last, head_axis):
+        zeros = jnp.zeros((n, config.num_key_value_heads, *last), dtype)
+        zeros = quantize(zeros, head_axis) if int8 else zeros
+        zeros = jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), zeros)
+        return (zeros,) * config.num_hidden_layers
 
     d, none = config.head_dim, jnp.zeros(slots, jnp.int32)
     grid = Rows(
-        cache(rows, d, prefix), cache(rows, prefix, d), jnp.ones(rows, jnp.int32),
+        cache(rows, d, prefix, head_axis=2), cache(rows, prefix, d, head_axis=3), jnp.ones(rows, jnp.int32),
         jnp.zeros((shards, rows * cells // shards), jnp.int32),
     )  # fmt: skip
     own = Slots(
-        cache(slots, d, width), cache(slots, width, d), none, none,
+        cache(slots, d, width, head_axis=2), cache(slots, width, d, head_axis=3), none, none,
         jnp.zeros((shards, slots // shards), jnp.int32), jnp.int32(0),
     )  # fmt: skip
     return Running(grid, own, jax.random.split(key, slots), none, none, jnp.zeros(slots, bool))
@@ -137,10 +141,13 @@ def resize(running: Running, shift: jax.Array, *, prefix: int, width: int) -> Ru
         return jnp.pad(x, pads)
 
     rows, slots = running.rows, running.slots
-    rows = rows._replace(k=tuple(fitted(k, 3) for k in rows.k), v=tuple(fitted(v, 2) for v in rows.v))
+    rows = rows._replace(
+        k=jax.tree.map(lambda x: fitted(x, 3), rows.k),
+        v=jax.tree.map(lambda x: fitted(x, 2), rows.v),
+    )
     slots = slots._replace(
-        k=tuple(along(k, 3, width) for k in slots.k),
-        v=tuple(along(v, 2, width) for v in slots.v),
+        k=jax.tree.map(lambda x: along(x, 3, width), slots.k),
+        v=jax.tree.map(lambda x: along(x, 2, width), slots.v),
         end=slots.end - shift,
     )
     return running._replace(rows=rows, slots=slots)
@@ -179,17 +186,21 @@ def admit(
         new = pick(new, jnp.maximum(index, 0))
         return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    def put(index, new, old, axis):  # new [..., tokens, D]
+        new = stored(new.swapaxes(2, 3) if axis == 3 else new, old, axis)
+        return jax.tree.map(partial(place, index), new, old)
+
     def into_rows(new, old, axis):  # new [n, K, 1, P, D]
-        new = new[:, :, 0].astype(old.dtype)
+        new = new[:, :, 0]
         new = jnp.pad(new, [(0, 0), (0, 0), (0, old.shape[axis] - new.shape[2]), (0, 0)])
-        return place(places.rows, new.swapaxes(2, 3) if axis == 3 else new, old)
+        return put(places.rows, new, old, axis)
 
     def into_slots(new, old, axis):  # new [n, K, B, L, D]: from the left to where the next one is at `end`
-        new = new.swapaxes(1, 2).reshape(n * b, new.shape[1], *new.shape[3:]).astype(old.dtype)
+        new = new.swapaxes(1, 2).reshape(n * b, new.shape[1], *new.shape[3:])
         column = jnp.arange(old.shape[axis]) - (slots.end - tree.branch_lengths.reshape(-1, 1))
         column = jnp.clip(column, 0, new.shape[2] - 1)[:, None, :, None]
         new = jnp.take_along_axis(new, column, axis=2)
-        return place(places.branches, new.swapaxes(2, 3) if axis == 3 else new, old)
+        return put(places.branches, new, old, axis)
 
     rows = Rows(
         tuple(into_rows(prefix.k[i], k, 3) for i, k in enumerate(rows.k)),

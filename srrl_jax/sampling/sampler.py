@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Sampler:
       mesh: where to run; rows of every bucket must divide by its data, fsdp and expert axes.
       memory_gb: GB (1e9 bytes) of each device that sampling may take beside the weights; with longer rows
         fewer run at one time. Default: half of the device's memory, of the machine's on a CPU.
+      int8: decode with "weights" in 8 bits (see `Decoder`), or with K/V caches too; what is given is
+        prefilled with the weights as they are.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Sampler:
         allowed: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
         memory_gb: float | None = None,
+        int8: Literal["none", "weights", "weights_kv"] = "none",
     ):
         if new_tokens < 1:
             raise InputError(f"new_tokens must be at least 1, not {new_tokens}")
@@ -77,8 +80,12 @@ class Sampler:
                 f"max_position_embeddings {model.config.max_position_embeddings}"
             )
         self.graphdef = nnx.graphdef(model)
-        unstacked = nnx.eval_shape(lambda params: Decoder(nnx.merge(self.graphdef, params)), nnx.state(model))
-        self.decoder = nnx.graphdef(unstacked)
+        self.int8_weights, self.int8_caches = int8 != "none", int8 == "weights_kv"
+        self.decoder = nnx.graphdef(
+            nnx.eval_shape(
+                lambda params: Decoder(nnx.merge(self.graphdef, params), self.int8_weights), nnx.state(model)
+            )
+        )
         self.config, self.dtype, self.shards = model.config, model.dtype, cut
         self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
@@ -113,7 +120,8 @@ class Sampler:
         schedule = Schedule(*lengths, self.within_memory(*lengths), self.new_tokens, self.shards)
         drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
         total, done = sum(map(len, branches)), 0
-        decoder, rule, running = unstack(self.graphdef, params, self.mesh), self._put(self.rule), None
+        decoder = unstack(self.graphdef, params, self.mesh, self.int8_weights)
+        rule, running = self._put(self.rule), None
         options = dict(top_k=self.sampling.top_k, truncates=self.sampling.truncates)
         while schedule.waiting or schedule.running.any():
             firsts = []
@@ -173,7 +181,7 @@ class Sampler:
         if running is None:
             schedule.resized(prefix, width, shift)
             running = empty(
-                key, self.config, self.dtype,
+                key, self.config, self.dtype, self.int8_caches,
                 rows=schedule.row.size, cells=schedule.cells, slots=schedule.length.size,
                 shards=self.shards, prefix=prefix, width=width,
             )  # fmt: skip
@@ -212,10 +220,10 @@ class Sampler:
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def unstack(graphdef, params, mesh: jax.sharding.Mesh | None):
+@partial(jax.jit, static_argnames=("graphdef", "mesh", "int8"))
+def unstack(graphdef, params, mesh: jax.sharding.Mesh | None, int8: bool):
     """From the weights of training to those of a `Decoder`, in the layout of rollouts."""
-    decoder = nnx.state(Decoder(nnx.merge(graphdef, params)))
+    decoder = nnx.state(Decoder(nnx.merge(graphdef, params), int8))
     return decoder if mesh is None else rollout_layout(decoder, mesh)
 
 

@@ -48,6 +48,7 @@ class RolloutConfig:
       memory_gb: GB of each device that sampling may take beside the weights; with long prompts fewer run at
         one time. null is half of the device's memory (on a CPU, of the machine's).
       thinking: whether the chat template asks for a <think> block.
+      int8: decode with "weights" in 8 bits, or with K/V caches too ("weights_kv"); training keeps its own.
     """
 
     max_new_tokens: int
@@ -56,6 +57,7 @@ class RolloutConfig:
     rows: tuple[int, ...] = (8,)
     memory_gb: float | None = None
     thinking: bool = False
+    int8: Literal["none", "weights", "weights_kv"] = "none"
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -77,6 +79,7 @@ class GradingConfig:
       together: ask for all criteria of a response in one query.
       tries: replies sampled for a criterion before it is unscorable.
       thinking: whether the chat template asks for a <think> block.
+      int8: as in `rollout`, for replies that are written out.
     """
 
     max_new_tokens: int
@@ -91,6 +94,7 @@ class GradingConfig:
     together: bool = False
     tries: int = 3
     thinking: bool = False
+    int8: Literal["none", "weights", "weights_kv"] = "none"
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
 
     def __post_init__(self) -> None:
@@ -100,11 +104,13 @@ class GradingConfig:
             raise InputError(
                 "grading.votes: verdicts from logits are all the same; set 1, or verdict: constrained"
             )
-        if self.verdict != "generate" and (self.together or self.thinking):
-            key = "together" if self.together else "thinking"
-            raise InputError(
-                f"grading.{key}: needs a reply that is written out; set it false, or verdict: generate"
-            )
+        off = {"together": False, "thinking": False, "int8": "none"}
+        for key, value in off.items():
+            if self.verdict != "generate" and getattr(self, key) != value:
+                raise InputError(
+                    f"grading.{key}: needs a reply that is written out; set it {str(value).lower()}, or "
+                    "verdict: generate"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,7 @@ def samplers(
         new_tokens=r.max_new_tokens,
         sampling=r.sampling,
         memory_gb=r.memory_gb,
+        int8=r.int8,
         **shared,
     )
     grading = Sampler(
@@ -122,6 +123,7 @@ def samplers(
         new_tokens=g.max_new_tokens,
         sampling=g.sampling,
         memory_gb=g.memory_gb,
+        int8=g.int8,
         **shared,
     )
     return rollout, grading

@@ -39,12 +39,12 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
 def update_metrics(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """Means over a step's updates.
 
-    `logprob_diff/max` is the first's: there the trainer still holds the weights that sampled.
+    `logprob_diff/*` are the first's: there the trainer still holds the weights that sampled.
     `guard/skipped_updates` is their number.
     """
     means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     return means | {
-        "logprob_diff/max": float(updates[0]["logprob_diff/max"]),
+        **{name: float(value) for name, value in updates[0].items() if name.startswith("logprob_diff/")},
         "guard/skipped_updates": int(sum(update["guard/skipped_updates"] for update in updates)),
     }
 

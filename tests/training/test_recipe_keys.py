@@ -98,6 +98,12 @@ def metric(name: str) -> Callable[[Seen, Seen], bool]:
     return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
 
 
+def gap(one: Seen, other: Seen) -> bool:
+    """Between sampler and trainer at each step's first update: more than rounding, and not much."""
+    wide = [max(m["logprob_diff/mean"] for m in seen.metrics) for seen in (one, other)]
+    return wide[0] < 1e-6 and 1e-5 < wide[1] < 0.01
+
+
 def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
     def check(one, other):
         same_step(one, other)
@@ -187,6 +193,7 @@ KEYS = {
     "rollout.rows": Key("[1]", shapes),
     "rollout.memory_gb": Key("0.003", shapes),
     "rollout.thinking": Key("true", samples, ("model={thinking}",)),
+    "rollout.int8": Key("weights_kv", gap),
     "rollout.sampling.temperature": Key("0.5", samples),
     "grading.max_new_tokens": Key("3", grades_only),
     "grading.prefix_buckets": Key("[72, 120]", shapes),
@@ -200,6 +207,7 @@ KEYS = {
     "grading.together": Key("true", grades_only, (*LONG, "steps=1")),
     "grading.tries": Key("1", grades_only, SHORT),
     "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
+    "grading.int8": Key("weights_kv", grades_only, HOT),
     "grading.sampling.temperature": Key("3.0", grades_only),
     "grading.sampling.top_k": Key("2", grades_only, HOT),
     "grading.sampling.top_p": Key("0.5", grades_only, HOT),

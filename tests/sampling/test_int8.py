@@ -1,0 +1,59 @@
+"""Decoding in 8 bits: how far its log-probabilities are from those of teacher forcing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from srrl_jax.models.decoder import Decoder
+from srrl_jax.models.int8 import quantize
+from srrl_jax.sampling import Buckets, Sampler
+
+
+def test_quantize_is_off_by_half_a_level_at_most():
+    x = jax.random.normal(jax.random.key(0), (5, 64)) * jnp.array([[1e-3], [1.0], [1e3], [0.0], [1e-30]])
+    values, scale = quantize(x, axis=1)
+    assert values.dtype == jnp.int8 and scale.shape == (5, 1)
+    error = np.abs(np.asarray(values * scale - x))
+    assert (error <= np.abs(x).max(1, keepdims=True) / 254 * (1 + 1e-4)).all()
+    assert (np.abs(values).max(1) == [127, 127, 127, 0, 127]).all()
+
+
+@pytest.fixture(scope="module")
+def gap(model, params, draw_rows, flat_logprobs):
+    """Mean gap between the log-probabilities of a sampler with `int8` and those of the whole sequences."""
+    rows = draw_rows([7, 4, 10, 5, 8], [[3, 0, 5], [1, 4], [5], [0, 0, 0], [2, 3, 1]])
+
+    def measure(int8: str) -> float:
+        buckets = Buckets(prefix=(12,), branch=(6,), fan_out=(3,), rows=(3,))
+        run = Sampler(model, buckets, new_tokens=8, stop_ids=(-1, -1), int8=int8)
+        results = run.generate(params, *rows, jax.random.key(0))
+        drawn = [completion for row in results for completion in row]
+        gaps = [
+            np.abs(completion.logprobs - logprobs[np.arange(8), completion.tokens])
+            for completion, logprobs in zip(drawn, flat_logprobs(model, *rows, results), strict=True)
+        ]
+        assert max(gap[0] for gap in gaps) < 1e-5  # the first token comes from the prefill
+        return float(np.mean(gaps))
+
+    return measure
+
+
+def test_the_gap_to_the_trainer(gap):
+    none, weights, weights_kv = map(gap, ("none", "weights", "weights_kv"))
+    assert none < 1e-5
+    assert 1e-3 < weights < 0.03
+    assert 1e-3 < weights_kv < 0.03 and weights_kv != weights
+
+
+def test_what_is_kept_in_8_bits(model, params):
+    before = jax.tree.map(jnp.copy, params)
+    state = dict(nnx.to_flat_state(nnx.state(Decoder(model, int8=True))))
+    kept = {path for path, variable in state.items() if variable.dtype == jnp.int8}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert sorted(path[-2] for path in kept) == sorted(names * model.config.num_hidden_layers)
+    for path in kept:
+        weight, scale = state[path][...], state[(*path[:-1], "scale")][...]
+        assert scale.shape == weight.shape[:1] and scale.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
