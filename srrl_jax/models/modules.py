@@ -40,7 +40,8 @@ class Scale(nnx.Module):
 class Linear(nnx.Module):
     """x [..., in] -> [..., out] with a weight [out, in] as `transformers` keeps it.
 
-    After `quantize` the weight is int8, with a float32 `scale` [out].
+    After `quantize` the weight is int8, with a float32 `scale` [out]. What an `adapter` (see
+    `srrl_jax.models.lora`) makes of x is added.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
 
         self.weight = _parameter(normal, stack, sizes, axes)
         self.bias = _parameter(jnp.zeros, stack, sizes[:1], axes[:1]) if bias else None
-        self.scale = nnx.data(None)
+        self.scale, self.adapter = nnx.data(None), nnx.data(None)
 
     def quantize(self) -> None:
         axes, (values, scale) = self.weight.get_metadata()["axes"], quantize(self.weight[...], axis=-1)
@@ -68,6 +69,8 @@ class Linear(nnx.Module):
         y = project(x, self.weight[...], jnp.float32 if self.scale is not None else None)
         if self.scale is not None:
             y = (y * self.scale[...]).astype(x.dtype)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
 from srrl_jax.models.weights import abstract
@@ -69,8 +70,10 @@ class Setup(NamedTuple):
         """Of a recipe on `devices`.
 
         Raises:
-          InputError: mesh, buckets or microbatch do not go with them.
+          InputError: mesh, buckets or microbatch do not go with them, or the recipe learns adapters.
         """
+        if config.lora.rank:
+            raise InputError("lora.rank: a plan is of training all weights; set it to 0")
         mesh = make_mesh(config.mesh, devices)
         check_microbatch(config, mesh)
         whole = NamedSharding(mesh, P())

@@ -173,6 +173,29 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Learn low-rank adapters beside the weights of `model`, which stay as they are.
+
+    Attributes:
+      rank: of the adapters; 0 learns all weights, without adapters.
+      alpha: adapters are scaled by alpha / rank.
+      targets: projections that have one, in every layer.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
+    ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise InputError(f"lora.rank: must not be negative, not {self.rank}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise InputError(f"lora.targets: must be different projections, not {list(self.targets)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW at a constant learning rate after a linear warm-up.
 
@@ -256,6 +279,7 @@ class TrainConfig:
     profile: tuple[int, ...] = ()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -343,6 +367,7 @@ class TrainConfig:
             if not weight >= 0:
                 raise InputError(f"reward.axis_weights.{axis}: must not be negative, not {weight}")
         above_0 = {
+            "lora.alpha": self.lora.alpha,
             "optimizer.grad_clip": o.grad_clip,
             "checkpoint.preemption_seconds": self.checkpoint.preemption_seconds,
             "rollout.memory_gb": r.memory_gb,

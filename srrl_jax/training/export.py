@@ -1,5 +1,6 @@
 """From a checkpoint of a run to a directory that `transformers` and serving engines load."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -8,16 +9,20 @@ from flax import nnx
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.models import Qwen3
+from srrl_jax.models.lora import add_adapters, merge_adapters
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.training.checkpoint import Checkpoints
 from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.update import NOTHING
 
 
 def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype="float32") -> int:
     """Writes the policy of a run as safetensors with config, tokenizer and generation config.
 
-    Of the checkpoint only the weights are read, onto all devices of this machine.
+    Of the checkpoint only the weights are read, onto all devices of this machine. Adapters (LoRA) are
+    merged into the weights of the recipe's `model`.
 
     Args:
       run_dir: of `srrl train`; its config.yaml names the model whose tokenizer files are copied.
@@ -46,13 +51,19 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
                 f"{run_dir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
             )
         mesh = make_mesh()
-        graphdef, params = nnx.split(abstract(read_config(config.model)))
+        model, base = abstract(read_config(config.model)), NOTHING
+        learnt = nnx.Param
+        if config.lora.rank:
+            add_adapters(model, **dataclasses.asdict(config.lora))
+            base, learnt = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh)), nnx.LoRAParam
+        graphdef, params, _ = nnx.split(model, learnt, ...)
         like = jax.tree.map(
             lambda v: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings(v, mesh))),
             params,
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
-        model = nnx.merge(graphdef, checkpoints.restore_params(step, like))
+        model = nnx.merge(graphdef, checkpoints.restore_params(step, like), base)
+        merge_adapters(model)
     model.save_pretrained(out, dtype, tokenizer=config.model)
     return step
 

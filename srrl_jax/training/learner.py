@@ -1,5 +1,6 @@
 """What learns: the policy's weights, their frozen start, and the update."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,27 +12,31 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import check_kernel
+from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import place_batch, replicate
+from srrl_jax.parallel import place_batch, replicate, shardings
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
-from srrl_jax.training.update import completion_logprobs, make_optimizer, make_schedule, make_update
+from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
 
 
 def network(config: TrainConfig) -> Qwen3:
-    """The policy's structure, without its weights.
+    """The policy's structure, with its adapters but without values.
 
     Raises:
-      InputError: the model, the attention kernel on this machine, or a key for experts is not supported.
+      InputError: the model, its adapters, the attention kernel on this machine, or a key for experts is not
+        supported.
     """
     model = abstract(read_config(config.model), config.dtype)
     check_kernel(config.attention, config.dtype, slides=model.config.windows is not None)
     model.attention = config.attention
     if config.loss.balance_experts and model.config.moe is None:
         raise InputError("loss.balance_experts: the model has no experts; leave it false")
+    if config.lora.rank:
+        add_adapters(model, **dataclasses.asdict(config.lora))
     return model
 
 
@@ -39,7 +44,8 @@ class Learner:
     """Turns a step's completions and advantages into updates of the policy.
 
     Attributes:
-      frozen: the starting weights, None where `TrainConfig.needs_frozen` is false.
+      frozen: the starting weights, None where `TrainConfig.needs_frozen` is false. With LoRA they are the
+        policy's own, beside adapters that add nothing.
 
     Args:
       model: its structure alone; the weights are read from `config.model`.
@@ -52,10 +58,15 @@ class Learner:
         self._config, self._mesh = config, mesh
         self._graphdef = nnx.graphdef(model)
         self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights
+        self._base = NOTHING  # what is not learnt
+        if config.lora.rank:
+            shapes = nnx.state(model, nnx.LoRAParam)
+            init = jax.jit(lambda key: first_adapters(shapes, key), out_shardings=shardings(shapes, mesh))
+            self._base, self._start = self._start, init(jax.random.key(config.seed))
         self._optimizer = make_optimizer(config.optimizer)
         self._update = make_update(self._graphdef, config, self._optimizer)
         self._schedule = make_schedule(config.optimizer)
-        self.frozen = jax.tree.map(jnp.copy, self._start) if config.needs_frozen else None
+        self.frozen = self.policy(jax.tree.map(jnp.copy, self._start)) if config.needs_frozen else None
 
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""
@@ -65,6 +76,10 @@ class Learner:
             lambda x: x if x.ndim else replicate(np.asarray(x), self._mesh), self._optimizer.init(params)
         )
         return TrainState(params, opt_state)
+
+    def policy(self, params: Any) -> Any:
+        """All weights of the policy, from those that are learnt; nothing is copied."""
+        return nnx.merge_state(params, self._base)
 
     def learning_rate(self, step: int, skipped: int) -> float:
         """Of the last update of `step` (counted from 1), when so many were skipped since the start."""
@@ -98,7 +113,7 @@ class Learner:
         if self._config.kl_coef > 0:
             scorers["reference_logprobs"] = self.frozen
         if self._config.loss.importance_cap is not None:
-            scorers["old_logprobs"] = params
+            scorers["old_logprobs"] = self.policy(params)
         temperature, scored = self._config.rollout.sampling.temperature, []
         for part in minibatches:
             found = {
@@ -114,7 +129,7 @@ class Learner:
         """One AdamW update for each minibatch, in order; `state` is donated. The metrics of each."""
         learnt = []
         for part in minibatches:
-            params, opt_state, numbers = self._update(*state, part)
+            params, opt_state, numbers = self._update(*state, part, self._base)
             state = TrainState(params, opt_state)
             learnt.append(numbers)
         return state, jax.device_get(learnt)

@@ -57,13 +57,16 @@ def train(config: TrainConfig) -> TrainState:
             def judge(name: str, key: jax.Array) -> Judge:
                 if name == "teacher":
                     return teacher
-                return rewarder.judge(learner.frozen if name == "frozen" else state.params, key)
+                weights = learner.frozen if name == "frozen" else learner.policy(state.params)
+                return rewarder.judge(weights, key)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)
                 # 1. The policy answers every prompt with a group of completions.
                 with session.phase("rollout") as on_wave:
-                    groups = rewarder.rollout(state.params, tasks, config.group_size, rollout_key, on_wave)
+                    groups = rewarder.rollout(
+                        learner.policy(state.params), tasks, config.group_size, rollout_key, on_wave
+                    )
                 # 2. The same weights (or frozen ones, or a teacher) judge every answer by every criterion.
                 with session.phase("grade") as on_wave:
                     graded = rewarder.grade(judge(config.grader, grade_key), tasks, groups, on_wave)
@@ -74,7 +77,7 @@ def train(config: TrainConfig) -> TrainState:
                 rollout_key, grade_key = keys_of(step, HELD_OUT)
                 with session.phase("eval") as on_wave:
                     groups = rewarder.rollout(
-                        state.params, held_out, config.eval.samples, rollout_key, on_wave
+                        learner.policy(state.params), held_out, config.eval.samples, rollout_key, on_wave
                     )
                     graded = {
                         name: rewarder.grade(judge(name, grade_key), held_out, groups, on_wave)

@@ -21,6 +21,8 @@ from srrl_jax.models import branch_logprobs
 from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.config import OptimizerConfig, TrainConfig
 
+NOTHING = nnx.State({})  # no weights
+
 
 def make_schedule(c: OptimizerConfig) -> optax.Schedule:
     """Learning rate by number of updates done: linear from 0 over the warm-up, then constant."""
@@ -54,16 +56,16 @@ def completion_logprobs(graphdef, params, batch: UpdateBatch, temperature) -> ja
 
 
 def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransformation):
-    """The update as one jitted function (params, opt_state, batch) -> (params, opt_state, metrics).
+    """The update as one jitted function (params, opt_state, batch, base) -> (params, opt_state, metrics).
 
     `batch` is an UpdateBatch with a leading axis of microbatches; parameters and optimizer state are
-    donated. Metrics are float32 scalars. Where the loss or the gradient is not finite nothing is
-    changed, and `guard/skipped_updates` is 1.
+    donated. `base` are weights beside `params` that are not learnt (LoRA). Metrics are float32 scalars.
+    Where the loss or the gradient is not finite nothing is changed, and `guard/skipped_updates` is 1.
     """
     c, temperature = config.loss, config.rollout.sampling.temperature
 
-    def microbatch_loss(params, batch: UpdateBatch, weights, share):
-        model = nnx.merge(graphdef, params)
+    def microbatch_loss(params, base, batch: UpdateBatch, weights, share):
+        model = nnx.merge(graphdef, params, base)
         logprobs, entropy, load = branch_logprobs(
             model, batch.tree, temperature, remat=config.optimizer.remat, return_load=True
         )
@@ -91,7 +93,7 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         return loss, (means | {"loss": loss}, gap.max())
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, opt_state: Any, batch: UpdateBatch):
+    def update(params: Any, opt_state: Any, batch: UpdateBatch, base: Any = NOTHING):
         # Weights of the whole minibatch, so that its microbatches add up to one large batch.
         weights = token_weights(batch.mask, c.aggregate, config.rollout.max_new_tokens)
         share = token_weights(batch.mask)
@@ -99,12 +101,14 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
 
         def accumulate(carry, microbatch):
-            (_, (means, gap)), grads = gradient(params, *microbatch)
+            (_, (means, gap)), grads = gradient(params, base, *microbatch)
             total, widest = carry
             return (jax.tree.map(jnp.add, total, (grads, means)), jnp.maximum(widest, gap)), None
 
         microbatches = (batch, weights, share)
-        (_, (means, _)), grads = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], microbatches))
+        (_, (means, _)), grads = jax.eval_shape(
+            gradient, params, base, *jax.tree.map(lambda x: x[0], microbatches)
+        )
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, means)), jnp.float32(0)
         ((grads, means), gap), _ = jax.lax.scan(accumulate, start, microbatches)
         grad_norm = optax.tree.norm(grads)

@@ -254,7 +254,8 @@ OPTIMIZER = {
 
 # Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
 # test_guards.py, that of preemption_seconds in test_preemption.py, those of teacher and eval.margin in
-# test_monitor.py, those of data.teacher in test_lessons.py.
+# test_monitor.py, those of data.teacher in test_lessons.py, those of LoRA in
+# test_lora.py.
 ELSEWHERE = {
     "teacher",
     "eval.margin",
@@ -266,6 +267,9 @@ ELSEWHERE = {
     "rollout.sampling.min_p",
     "optimizer.remat",
     "attention",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
     "optimizer.max_skipped",
     "checkpoint.preemption_seconds",
     "loss.balance_experts",
