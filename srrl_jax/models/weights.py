@@ -2,10 +2,11 @@
 
 Nothing is allocated and no values are read before every name and shape is known to fit. Then a
 parameter is made at a time, and of a stack of layers one layer: beside the loaded weights the host
-holds at most what its devices need of one tensor (of one layer's experts in a mixture of experts).
+holds at most what its devices need of one tensor (of as many experts' as the mesh cuts them into).
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -91,19 +92,43 @@ def _parameter(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | N
     row_sharding = sharding and NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
     stack = jnp.zeros(shape, dtype, device=sharding)
     for layer in range(shape[0]):
-        rows = {index[1:]: tensor for index, tensor in parts.items() if index[0] == layer}
-        stack = _set_row(stack, _place(rows, shape[1:], row_sharding, dtype), layer)
-        stack.block_until_ready()  # else rows would pile up on the host, as parameters above
+        of_layer = {index[1:]: tensor for index, tensor in parts.items() if index[0] == layer}
+        for each, rows, size in _turns(of_layer, shape[1:], row_sharding):
+            stack = _set_row(stack, _place(rows, size, row_sharding, dtype), layer, each)
+            stack.block_until_ready()  # else rows would pile up on the host, as parameters above
     return stack
 
 
+def _turns(
+    rows: Parts, shape: tuple[int, ...], sharding: NamedSharding | None
+) -> Iterator[tuple[int, Parts, tuple[int, ...]]]:
+    """A layer at once; a layer of experts in turns, one expert of each part that the mesh cuts them into.
+
+    Yields which expert of its part it is (0 where there are none), the tensors, and their shape together.
+    """
+    if () in rows:
+        yield 0, rows, shape
+        return
+    cut = sharding.spec[0] if sharding and sharding.spec else None
+    cuts = 1 if cut is None else math.prod(sharding.mesh.shape[axis] for axis in np.atleast_1d(cut).tolist())
+    for each in range(shape[0] // cuts):
+        of_each = {(i,): rows[i * (shape[0] // cuts) + each,] for i in range(cuts)}
+        yield each, of_each, (cuts, *shape[1:])
+
+
 @partial(jax.jit, donate_argnums=0)
-def _set_row(stack: jax.Array, row: jax.Array, layer: int) -> jax.Array:
+def _set_row(stack: jax.Array, row: jax.Array, layer: int, each: int) -> jax.Array:
     # As integers: on CPU, XLA updates a bfloat16 array in place but by way of float32, all of it.
     bits = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
     stack_bits, row_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (stack, row))
-    updated = jax.lax.dynamic_update_index_in_dim(stack_bits, row_bits, layer, 0)
-    return jax.lax.bitcast_convert_type(updated, stack.dtype)
+    if row.shape != stack.shape[1:]:  # [layers, experts, ...] as [layers, parts, experts of a part, ...]
+        stack_bits = stack_bits.reshape(stack.shape[0], row.shape[0], -1, *row.shape[1:])
+        start = (layer, 0, each) + (0,) * (row.ndim - 1)
+        stack_bits = jax.lax.dynamic_update_slice(stack_bits, row_bits[None, :, None], start)
+        stack_bits = stack_bits.reshape(stack.shape)
+    else:
+        stack_bits = jax.lax.dynamic_update_index_in_dim(stack_bits, row_bits, layer, 0)
+    return jax.lax.bitcast_convert_type(stack_bits, stack.dtype)
 
 
 def _place(parts: Parts, shape: tuple[int, ...], sharding: NamedSharding | None, dtype) -> jax.Array:

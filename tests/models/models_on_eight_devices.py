@@ -4,15 +4,17 @@ import functools
 import json
 import re
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax.models import Qwen3, Qwen3Config, kernels
 from srrl_jax.models import head as head_module
-from srrl_jax.models import kernels
 from srrl_jax.models.attention import Segment, attend
 from srrl_jax.parallel import MeshConfig, make_mesh
 
@@ -56,8 +58,33 @@ def attention(mesh, kernel, rows: int, heads: int) -> list[float]:
         return errors(jax.jit(functools.partial(run, kernel))(q, own, prefix), expected)
 
 
+EXPERTS = Qwen3Config.from_hf(
+    {
+        "model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0],
+    }
+)  # fmt: skip
+
+
+def loaded_experts() -> dict[str, list]:
+    """By mesh sizes: the shard of a device, and whether all weights are those that were saved."""
+    model = Qwen3(EXPERTS, rngs=nnx.Rngs(0))
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        for sizes in ((1, 1, 1, 8), (1, 2, 2, 2), (1, 8, 1, 1)):
+            mesh = make_mesh(MeshConfig(*sizes))
+            loaded = Qwen3.from_pretrained(directory, mesh=mesh, dtype=jnp.bfloat16)
+            pairs = zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(model)), strict=True)
+            same = all(np.array_equal(x, y.astype(jnp.bfloat16)) for x, y in pairs)
+            shard = loaded.moe_layers.mlp.experts.up_proj.weight[...].addressable_shards[0].data.shape
+            found[str(sizes)] = [list(shard), same]
+    return found
+
+
 def main() -> None:
-    report = {}
+    report = {"experts": loaded_experts()}
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     splash = functools.partial(kernels.over_mesh, functools.partial(kernels.splash, interpret=True))
     cudnn = functools.partial(kernels.over_mesh, functools.partial(kernels.cudnn, implementation="xla"))

@@ -37,3 +37,12 @@ def test_the_head_is_gathered_a_chunk_at_a_time(eight):
 @pytest.mark.parametrize("name", ["splash", "splash, whole rows", "splash, whole heads", "cudnn"])
 def test_attention_equals_xla_on_one_device(eight, name):
     assert max(eight[name]["errors"]) < 5e-6
+
+
+def test_experts_are_loaded_into_the_devices_that_hold_them(eight):
+    """Expert by expert of [2, 8, 8, 16], whichever axes cut them."""
+    assert eight["experts"] == {
+        "(1, 1, 1, 8)": [[2, 1, 8, 16], True],
+        "(1, 2, 2, 2)": [[2, 4, 4, 8], True],
+        "(1, 8, 1, 1)": [[2, 8, 8, 2], True],
+    }
