@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--kl", type=float, default=0.04)
     parser.add_argument("--microbatch", type=int, default=2, help="prompts of one forward and backward pass")
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])
     parser.add_argument("--repeated", action="store_true")
     args = parser.parse_args()
     limit_threads(args.threads)
