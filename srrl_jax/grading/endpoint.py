@@ -133,6 +133,7 @@ class Endpoint:
         self._cache = ReplyCache(config.cache)
         self._works = False  # whether it has ever answered
         self._refused = 0
+        self._failure: Exception | None = None  # what ends the call of `ask` under way
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -145,7 +146,9 @@ class Endpoint:
         )
         self._retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Failed),
-            stop=tenacity.stop_after_attempt(config.retries + 1),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(config.retries + 1), lambda _: self._failure is not None
+            ),
             wait=self._pause,
             reraise=True,
         )
@@ -180,7 +183,7 @@ class Endpoint:
 
     async def _ask_all(self, prompts, on_reply) -> list[CachedReply | None]:
         free, locks = asyncio.Semaphore(self.config.concurrency), defaultdict(asyncio.Lock)
-        done = 0
+        done, self._failure = 0, None
 
         async def one(prompt: str, draw: int) -> CachedReply | None:
             nonlocal done
@@ -188,6 +191,8 @@ class Endpoint:
             body |= self.config.parameters
             name = request_id(self.config.base_url, body, draw)
             async with free, locks[name]:
+                if self._failure is not None:
+                    return None
                 reply = self._cache.get(name)
                 if reply is None:
                     reply = await self._pay(name, body, len(prompts))
@@ -198,11 +203,17 @@ class Endpoint:
             on_reply(done, len(prompts))
             return reply
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(*prompt)) for prompt in prompts]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        async def until_a_failure(prompt: str, draw: int) -> CachedReply | None:
+            # What is on its way when another fails is paid already: it may still arrive and be kept.
+            try:
+                return await one(prompt, draw)
+            except Exception as error:
+                self._failure = self._failure or error
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(until_a_failure(*prompt)) for prompt in prompts]
+        if self._failure is not None:
+            raise self._failure
         return [task.result() for task in tasks]
 
     async def _pay(self, name: str, body: dict[str, Any], asked: int) -> CachedReply | None:

@@ -223,6 +223,20 @@ def test_an_endpoint_that_dies_midway_keeps_what_it_said(chat_server, teacher):
     assert len(chat_server.requests) == 4
 
 
+def test_what_is_on_its_way_when_another_fails_is_kept(chat_server, teacher):
+    def late():
+        time.sleep(0.5)
+        return YES
+
+    chat_server.say = by_criterion(slow=late, broken=chat_server.raw(0))
+    with pytest.raises(InputError, match="3 attempts failed"):
+        teacher().grade([item("slow", "broken")])
+    chat_server.requests.clear()
+    chat_server.say = by_criterion(slow=YES, broken=YES)
+    assert met(teacher().grade([item("slow", "broken")])) == [[True, True]]
+    assert len(chat_server.requests) == 1
+
+
 def test_the_key_lands_nowhere(chat_server, teacher, tmp_path, capfd, caplog):
     said = json.dumps({"explanation": f"your key is {KEY}", "criteria_met": True})
     chat_server.say = lambda prompt, count: said
