@@ -7,15 +7,11 @@ quarter of --new tokens on average, beside the same run with each padded to --ne
 tokens up to the stop.
 """
 
-from benchlib import Roofline, arguments, limit_threads, measure, report
+from benchlib import Roofline, limit_threads, measure, report, rollout_arguments
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=4)
-    parser.add_argument("--prompt-len", type=int, default=256)
-    parser.add_argument("--new", type=int, default=128)
+    parser = rollout_arguments(__doc__.splitlines()[0])
     parser.add_argument("--int8", default="none", choices=["none", "weights", "weights_kv"])
     parser.add_argument("--lengths", default="fixed", choices=["fixed", "geometric"])
     args = parser.parse_args()

@@ -9,15 +9,11 @@ With --repeated also the update with each prompt computed once per completion, a
 import resource
 import time
 
-from benchlib import arguments, limit_threads, measure, report
+from benchlib import limit_threads, measure, report, rollout_arguments
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=4)
-    parser.add_argument("--prompt-len", type=int, default=256)
-    parser.add_argument("--new", type=int, default=128)
+    parser = rollout_arguments(__doc__.splitlines()[0])
     parser.add_argument("--kl", type=float, default=0.04)
     parser.add_argument("--microbatch", type=int, default=2, help="prompts of one forward and backward pass")
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots"])

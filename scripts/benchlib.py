@@ -17,6 +17,16 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def rollout_arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the sizes of a rollout too."""
+    parser = arguments(description)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--prompt-len", type=int, default=256)
+    parser.add_argument("--new", type=int, default=128)
+    return parser
+
+
 def limit_threads(threads: int) -> None:
     """Call before JAX is imported: XLA's pool takes the cores that it may run on."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
