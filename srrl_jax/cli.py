@@ -20,6 +20,16 @@ data_app = typer.Typer(help="Look at rows, and bring them into another form.", n
 app.add_typer(data_app, name="data")
 
 
+# Options that several commands have.
+Seed = Annotated[int, typer.Option(min=0)]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")]
+Template = Annotated[str, typer.Option(help="shared, healthbench, or a file.")]
+Tries = Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")]
+VerdictTokens = Annotated[int, typer.Option(min=1, help="Of a verdict.")]
+GraderThinks = Annotated[bool, typer.Option(help="Let the grader think.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The first rows alone.")]
+
+
 @app.command("train")
 def _train(
     config: Annotated[str, typer.Argument(help="A recipe, e.g. configs/demo.yaml.")],
@@ -184,13 +194,13 @@ def _sample(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Of each row.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a completion.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    top_k: Annotated[int, typer.Option(min=0)] = 20,
+    top_k: Seed = 20,
     top_p: Annotated[float, typer.Option()] = 0.95,
     min_p: Annotated[float, typer.Option()] = 0.0,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at one time.")] = 8,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
 ) -> None:
     """Sample completions of prompts; shapes follow from the rows."""
     from srrl_jax.evaluation.judge import AnswerConfig
@@ -212,14 +222,14 @@ def _grade(
     verdict: Annotated[Literal["generate", "constrained", "logits"], typer.Option()] = "generate",
     votes: Annotated[int, typer.Option(min=1, help="Replies for each criterion; odd.")] = 1,
     together: Annotated[bool, typer.Option(help="All criteria of a rubric in one query.")] = False,
-    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    template: Template = "shared",
+    max_new_tokens: VerdictTokens = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
-    thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
+    tries: Tries = 3,
+    thinking: GraderThinks = False,
     batch: Annotated[int, typer.Option(min=1, help="Responses at one time.")] = 8,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
 ) -> None:
     """Grade completions against the rubrics of their rows; shapes follow from the rows."""
     from srrl_jax.evaluation.judge import JudgeConfig
@@ -246,18 +256,18 @@ def _evaluate(
     ] = "policy",
     repeats: Annotated[int, typer.Option(min=1, help="Responses to each row.")] = 1,
     where: Annotated[list[str] | None, typer.Option(metavar="TAG", help="As in data convert.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
+    limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="Of responses.")] = 0.6,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
-    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
-    grader_max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    template: Template = "shared",
+    grader_max_new_tokens: VerdictTokens = 256,
     grader_temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
-    grader_thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
-    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
+    grader_thinking: GraderThinks = False,
+    tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
 ) -> None:
     """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
     from srrl_jax.evaluation.commands import run_evaluate
@@ -295,15 +305,15 @@ def _meta_evaluate(
     grader: Annotated[str, typer.Argument(help="Checkpoint, teacher's .yaml, or .jsonl of ready verdicts.")],
     labels: Annotated[str, typer.Argument(help="Rows of conversation, criterion and labels.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
-    template: Annotated[str, typer.Option(help="shared, healthbench, or a file.")] = "shared",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a verdict.")] = 256,
+    limit: Limit = None,
+    template: Template = "shared",
+    max_new_tokens: VerdictTokens = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
-    thinking: Annotated[bool, typer.Option(help="Let the grader think.")] = False,
-    tries: Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")] = 3,
+    thinking: GraderThinks = False,
+    tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
 ) -> None:
     """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
     from srrl_jax.evaluation.commands import run_meta_evaluate
