@@ -107,16 +107,7 @@ class Checkpoint:
             template = load_template(config.template)
         except ValueError as error:
             raise InputError(str(error)) from None
-        grader = Grader(
-            None,
-            self.tokenizer,
-            template,
-            verdict=config.verdict,
-            tries=config.tries,
-            thinking=config.thinking,
-            votes=config.votes,
-            together=config.together,
-        )
+        grader = Grader.at(config, None, self.tokenizer, template)
         prefixes, branches = zip(*map(grader.encode, items), strict=True)
         grader.sampler = self._sampler(
             map(len, prefixes),

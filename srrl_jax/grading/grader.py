@@ -7,7 +7,7 @@ the response is read once, whatever the number of its criteria.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import jax
 import numpy as np
@@ -18,6 +18,16 @@ from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.sampling import Sampler, score
 
 OnWave = Callable[[int, int], None]
+
+
+class Settings(Protocol):
+    """How to ask, as recipes and commands say it; see `Grader`."""
+
+    verdict: Literal["generate", "constrained", "logits"]
+    tries: int
+    thinking: bool
+    votes: int
+    together: bool
 
 
 class Grader:
@@ -51,6 +61,20 @@ class Grader:
         self.sampler, self.tokenizer, self.template = sampler, tokenizer, template
         self.verdict, self.tries, self.votes, self.together = verdict, tries, votes, together
         self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
+
+    @classmethod
+    def at(cls, settings: Settings, sampler: Sampler | None, tokenizer: Tokenizer, template: str) -> Self:
+        """A grader that asks so; without a sampler it only encodes."""
+        return cls(
+            sampler,
+            tokenizer,
+            template,
+            verdict=settings.verdict,
+            tries=settings.tries,
+            thinking=settings.thinking,
+            votes=settings.votes,
+            together=settings.together,
+        )
 
     @staticmethod
     def fan_out(criteria: Sequence[int], verdict: str, votes: int, together: bool) -> tuple[int, ...]:

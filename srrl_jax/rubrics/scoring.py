@@ -23,11 +23,16 @@ def score_response(criteria: Sequence[HasPoints], verdicts: Sequence[bool | floa
     Returns None when no criterion with positive points is left. Raises ValueError when the two
     sequences differ in length.
     """
-    graded = [(item.points, met) for item, met in zip(criteria, verdicts, strict=True) if met is not None]
-    possible = sum(points for points, _ in graded if points > 0)
-    if possible == 0:
-        return None
-    return float(sum(points * met for points, met in graded) / possible)
+    return _share_met([item.points for item in criteria], verdicts)
+
+
+def _share_met(
+    points: Sequence[float], verdicts: Sequence[bool | float | None], absolute: bool = False
+) -> float | None:
+    """What `score_response` says; with `absolute`, negative points count in the divisor by their size."""
+    graded = [(p, met) for p, met in zip(points, verdicts, strict=True) if met is not None]
+    possible = sum(abs(p) for p, _ in graded if p > 0 or absolute)
+    return float(sum(p * met for p, met in graded) / possible) if possible else None
 
 
 def group_rewards(
@@ -56,11 +61,5 @@ def group_rewards(
     ]
     all_negative = drop_unvarying and not any(p > 0 for p, keep in zip(points, kept, strict=True) if keep)
 
-    def reward(row: Sequence[bool | float | None]) -> float | None:
-        graded = [
-            (p, met) for p, met, keep in zip(points, row, kept, strict=True) if keep and met is not None
-        ]
-        possible = sum(abs(p) for p, _ in graded if p > 0 or all_negative)
-        return sum(p * met for p, met in graded) / possible if possible else None
-
-    return [reward(row) for row in verdicts]
+    rows = [[met if keep else None for met, keep in zip(row, kept, strict=True)] for row in verdicts]
+    return [_share_met(points, row, all_negative) for row in rows]

@@ -78,21 +78,11 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
 
 def make_grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
     """A grader at the recipe's settings; without a sampler it only encodes."""
-    g = config.grading
     try:
-        template = load_template(g.template)
+        template = load_template(config.grading.template)
     except ValueError as error:
         raise InputError(f"grading.template: {error}") from None
-    return Grader(
-        sampler,
-        tokenizer,
-        template,
-        verdict=g.verdict,
-        tries=g.tries,
-        thinking=g.thinking,
-        votes=g.votes,
-        together=g.together,
-    )
+    return Grader.at(config.grading, sampler, tokenizer, template)
 
 
 def samplers(

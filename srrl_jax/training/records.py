@@ -9,6 +9,7 @@ from etils import epath
 
 from srrl_jax.sampling import Completion
 from srrl_jax.training.experience import Graded, Task
+from srrl_jax.training.rewards import without_variance
 
 
 def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, float]:
@@ -26,7 +27,7 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
     return {
         "reward/mean": _mean(rewards[~np.isnan(rewards)]),
         "reward/std": _mean([row.std(ddof=1) for row in known if len(row) > 1]),
-        "reward/zero_std_groups": _mean([len(row) < 2 or np.ptp(row) == 0 for row in known]),
+        "reward/zero_std_groups": _mean(without_variance(rewards)),
         "completions/mean_length": _mean([row["tokens"] for row in rows]),
         "completions/truncated": _mean([row["truncated"] for row in rows]),
         "grader/unscorable": 1 - len(scored) / len(judged),
