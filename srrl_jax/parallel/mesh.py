@@ -144,6 +144,11 @@ def replicate(arrays: Any, mesh: Mesh) -> Any:
     return _place(arrays, NamedSharding(mesh, P()))
 
 
+def in_memory(kind: str, arrays: Any) -> Any:
+    """The same layout in "device" or "pinned_host" memory; what is there already is not copied."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), arrays)
+
+
 def _place(arrays: Any, sharding: NamedSharding) -> Any:
     # Not device_put: over several processes it first compares the whole arrays of all of them.
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)

@@ -20,7 +20,7 @@ def estimate(group: str, setup: Setup, trees: dict[str, Tree]) -> list[Compiled]
 def _program(group: str, program: str, setup: Setup, tree: Tree) -> Compiled:
     c, mesh, width = setup.model.config, setup.mesh.shape, setup.model.dtype.itemsize
     tensor, rows, passes = mesh["tensor"], row_shards(setup.mesh), setup.microbatches
-    weights, moments, frozen = (bytes_here(x) for x in (setup.params, setup.opt_state, setup.frozen))
+    weights, moments, beside = map(bytes_here, (setup.params, setup.opt_state, setup.beside(group)))
     acting = width * counts.parameters(c) / (tensor * mesh["expert"])  # of a layout without fsdp
     tokens, slots = tree.tokens / rows, tree.n * tree.b / rows
     cache = tokens * counts.cache_bytes(c, width) / min(tensor, c.num_key_value_heads)
@@ -32,7 +32,7 @@ def _program(group: str, program: str, setup: Setup, tree: Tree) -> Compiled:
     gathered = acting * (1 - 1 / mesh["fsdp"])
     # Of one token: two sums of a layer's results over the tensor axis.
     summed = 2 * c.num_hidden_layers * c.hidden_size * width * 2 * (1 - 1 / tensor)
-    held = weights + moments + frozen
+    held = weights + moments + beside
     match program:
         case "unstack":
             extra, sent = acting, {"all-gather": gathered}

@@ -96,10 +96,12 @@ class Setup(NamedTuple):
     def graphdef(self) -> nnx.GraphDef:
         return nnx.graphdef(self.model)
 
-    @property
-    def frozen(self) -> tuple:
-        """The starting weights, where they are kept."""
-        return (self.params,) if self.config.needs_frozen else ()
+    def beside(self, group: str) -> tuple:
+        """Weights that the devices hold beside those that a group of programs runs on: the policy's or the
+        starting ones, except while these are in host memory."""
+        c = self.config
+        brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
+        return (self.params,) if c.needs_frozen and (c.reference == "device" or brought) else ()
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""
@@ -170,7 +172,7 @@ class Compiler:
 
 def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> None:
     """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
-    b, mesh, others = sampler.buckets, setup.mesh, (setup.opt_state, *setup.frozen)
+    b, mesh, others = sampler.buckets, setup.mesh, (setup.opt_state, *setup.beside(compiler.group))
     row = [0] * b.prefix[-1], [[0] * b.branch[-1]] * b.fan_out[-1]
     lengths = [[b.branch[-1]] * b.fan_out[-1]] * count
     schedule = Schedule([b.prefix[-1]] * count, lengths, b, sampler.new_tokens, sampler.shards)
@@ -214,7 +216,7 @@ def verdicts(compiler: Compiler, setup: Setup) -> None:
     tree, _ = pack(wave, [], [], [])
     compiler(
         next_logprobs, setup.graphdef, setup.params, _on_mesh(tree, setup.mesh), np.zeros(2, np.int32),
-        held=(setup.opt_state, *setup.frozen),
+        held=(setup.opt_state, *setup.beside("grade")),
     )  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def largest_minibatch(setup: Setup) -> UpdateBatch:
 def logprobs(compiler: Compiler, setup: Setup) -> None:
     """Log-probabilities of a minibatch under the reference, or the policy before its updates."""
     temperature = setup.config.rollout.sampling.temperature
-    held = (setup.opt_state, *setup.frozen)
+    held = (setup.opt_state, *setup.beside("logprob"))
     compiler(
         completion_logprobs, setup.graphdef, setup.params, largest_minibatch(setup), temperature, held=held
     )
@@ -246,7 +248,7 @@ def logprobs(compiler: Compiler, setup: Setup) -> None:
 def update(compiler: Compiler, setup: Setup) -> None:
     """One update by a minibatch."""
     program = make_update(setup.graphdef, setup.config, make_optimizer(setup.config.optimizer))
-    compiler(program, setup.params, setup.opt_state, largest_minibatch(setup), held=setup.frozen)
+    compiler(program, setup.params, setup.opt_state, largest_minibatch(setup), held=setup.beside("update"))
 
 
 def bytes_here(tree: Any) -> int:

@@ -259,7 +259,8 @@ class EvalConfig:
 class TrainConfig:
     """Everything that decides a run. `steps` counts rollout-grade-update rounds.
 
-    The steps of `profile` are traced by JAX's profiler.
+    The steps of `profile` are traced by JAX's profiler. `reference`: where the frozen starting weights lie;
+    from "host" they come to the devices for each use, and leave again.
     """
 
     run_dir: str
@@ -274,6 +275,7 @@ class TrainConfig:
     grader: Literal["policy", "frozen", "teacher"] = "policy"
     teacher: TeacherConfig | None = None
     kl_coef: float = 0.0
+    reference: Literal["device", "host"] = "device"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     profile: tuple[int, ...] = ()
@@ -382,14 +384,20 @@ class TrainConfig:
             raise InputError("data.teacher_share: needs data.teacher, a file that `srrl grade` wrote")
         if self.grader == "teacher" and self.teacher is None:
             raise InputError("grader: teacher needs the key teacher, with its base_url, model and cache")
+        if self.reference == "host" and self.lora.rank:
+            raise InputError("reference: with LoRA it is the policy's own frozen weights; set it to device")
         if self.checkpoint.best == "eval/self" and self.data.eval is None:
             raise InputError("checkpoint.best: eval/self is measured on data.eval, which is not given")
 
     @property
     def needs_frozen(self) -> bool:
-        """Whether the starting weights are kept: for the KL penalty, as grader, or to watch the grader."""
-        watched = self.eval.frozen and self.data.eval is not None
-        return self.kl_coef > 0 or self.grader == "frozen" or watched
+        """Whether the starting weights are kept: for the KL penalty, or to grade."""
+        return self.kl_coef > 0 or self.frozen_grades
+
+    @property
+    def frozen_grades(self) -> bool:
+        """Whether the starting weights grade: what is learnt from, or held-out rows to watch the grader."""
+        return self.grader == "frozen" or (self.eval.frozen and self.data.eval is not None)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:

@@ -14,7 +14,7 @@ from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import place_batch, replicate, shardings
+from srrl_jax.parallel import in_memory, place_batch, replicate, shardings
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState
@@ -43,10 +43,6 @@ def network(config: TrainConfig) -> Qwen3:
 class Learner:
     """Turns a step's completions and advantages into updates of the policy.
 
-    Attributes:
-      frozen: the starting weights, None where `TrainConfig.needs_frozen` is false. With LoRA they are the
-        policy's own, beside adapters that add nothing.
-
     Args:
       model: its structure alone; the weights are read from `config.model`.
     Raises:
@@ -66,7 +62,21 @@ class Learner:
         self._optimizer = make_optimizer(config.optimizer)
         self._update = make_update(self._graphdef, config, self._optimizer)
         self._schedule = make_schedule(config.optimizer)
-        self.frozen = self.policy(jax.tree.map(jnp.copy, self._start)) if config.needs_frozen else None
+        self._frozen = None  # as much of the starting weights as is not in `_base`
+        if config.needs_frozen:
+            on_host = config.reference == "host"
+            self._frozen = (
+                in_memory("pinned_host", self._start) if on_host else jax.tree.map(jnp.copy, self._start)
+            )
+
+    @property
+    def frozen(self) -> Any:
+        """The starting weights, to be had where `TrainConfig.needs_frozen`.
+
+        With LoRA the policy's own, beside adapters that add nothing. From host memory each access brings
+        another copy, to be let go after use.
+        """
+        return self.policy(in_memory("device", self._frozen))
 
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""

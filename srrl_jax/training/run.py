@@ -21,7 +21,7 @@ from srrl_jax.training.lessons import load_lessons
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
 _SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig) if field.name not in DECIDES]
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", *_SPEED)
+_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", "reference", *_SPEED)
 
 
 def check_run(config: TrainConfig) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
+from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import Sampler
 from srrl_jax.training import TrainConfig, learner, train
 from srrl_jax.training.update import make_optimizer
@@ -267,6 +268,7 @@ ELSEWHERE = {
     "rollout.sampling.min_p",
     "optimizer.remat",
     "attention",
+    "reference",
     "lora.rank",
     "lora.alpha",
     "lora.targets",
@@ -405,6 +407,21 @@ def test_attention_asks_for_its_device(recipe, tmp_path, kernel, device):
     """What the kernels compute is tested in tests/models/test_kernels.py."""
     with pytest.raises(InputError, match=rf"attention: {kernel} needs a {device}, and this is a cpu"):
         train(recipe(tmp_path, f"attention={kernel}"))
+
+
+def test_the_reference_may_lie_in_host_memory(recipe, run):
+    """It grades there too, so it comes for both of its uses; nothing else changes."""
+    one, other = (run("reference=host", *EVAL), run(*EVAL))
+    assert (one.metrics, one.samples) == (other.metrics, other.samples)
+    config = recipe("unused", *BASE, "reference=host")
+    with jax.set_mesh(mesh := make_mesh(config.mesh)):
+        made = learner.Learner(learner.network(config), config, mesh)
+    stored, fetched = made._frozen, made.frozen
+    for tree, kind in ((stored, "pinned_host"), (fetched, "device")):
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {kind}
+    jax.tree.map(np.testing.assert_array_equal, stored, fetched)
+    with pytest.raises(InputError, match="reference: with LoRA"):
+        recipe("unused", "reference=host", "lora.rank=2")
 
 
 @pytest.mark.parametrize(
