@@ -235,3 +235,13 @@ def oracle_server(chat_server):
 
     chat_server.say = say
     return chat_server
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, which transformers computes with: the extra `parity`. CI must have it."""
+    if os.environ.get("CI") == "true":
+        import torch
+
+        return torch
+    return pytest.importorskip("torch", reason="needs the extra `parity` (torch)")

