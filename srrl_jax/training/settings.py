@@ -1,0 +1,88 @@
+"""From YAML files and key=value overrides to the values of a dataclass."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from srrl_jax.errors import InputError
+
+
+def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """The values of a YAML file and of those it inherits, with `key.sub=value` overrides, whose values are
+    YAML too; not yet of checked types.
+
+    Args:
+      kind: the dataclass whose keys they may have, with a dataclass for each section.
+    Raises:
+      InputError: names the file or override, the key, and for an unknown key the nearest known.
+    """
+    values = _read(path)
+    _check_keys(kind, values, where=str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r}: an override has the form key=value")
+        nested: dict[str, Any] = {}
+        try:
+            _put(nested, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise InputError(f"{override!r}: the value is not valid YAML: {error}") from None
+        _check_keys(kind, nested, where=override)
+        values = _merge(values, nested)
+    return values
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML recipe over those that it inherits."""
+    if path.resolve() in heirs:
+        raise InputError(f"{path}: inherits: leads back to the recipe itself")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a config: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a config is a mapping of keys to values")
+    parent = values.pop("inherits", None)
+    if parent is None:
+        return values
+    return _merge(_read(path.parent / str(parent), (*heirs, path.resolve())), values)
+
+
+def _put(target: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        target = target.setdefault(name, {})
+    target[path[-1]] = value
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -> None:
+    """Refuses keys that the dataclass `kind` does not have, and names the nearest that it has."""
+    fields = {field.name: _section(field.type) for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise InputError(f"{where}: unknown key {path + str(key)!r}; {hint}")
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            _check_keys(fields[key], value, where, f"{path}{key}.")
+        elif isinstance(value, bool) and fields[key] is not bool:  # pydantic would read 1 or 0
+            raise InputError(f"{where}: {path}{key}: not a switch, so it cannot be {str(value).lower()}")
+
+
+def _section(kind: Any) -> Any:
+    """The dataclass of a section that may be left out; any other type as it is."""
+    return next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
