@@ -19,10 +19,10 @@ NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no
 class Segment(NamedTuple):
     """Keys and values that queries attend to.
 
-    Shapes: `k`, `v` [N, K, B or 1, S, D], where size 1 means shared by the row's branches, in
-    one layer; a stack of all layers has a leading axis [layers, ...]. `mask` is bool, broadcastable to
-    [N, B, T, S], true where a query may look. `positions` of the keys, int broadcastable to [N, B, S]
-    (any value at padding), is read by layers with sliding attention only.
+    Shapes: `k`, `v` [N or 1, K, B or 1, S, D], where size 1 means shared by all rows or by the row's
+    branches, in one layer; a stack of all layers has a leading axis [layers, ...]. `mask` is bool,
+    broadcastable to [N, B, T, S], true where a query may look. `positions` of the keys, int broadcastable
+    to [N, B, S] (any value at padding), is read by layers with sliding attention only.
     """
 
     k: jax.Array
@@ -125,10 +125,8 @@ def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Ar
     scores = []
     for segment in segments:
         own = segment.k.shape[2]  # branches that a key belongs to one each; 1 = shared
-        folded = q.reshape(n, heads, own, -1, d)
-        score = jnp.einsum(
-            "nkbqd,nkbsd->nkbqs", folded, segment.k, preferred_element_type=jnp.float32
-        ).reshape(n, heads, b, h // heads, t, -1)
+        score = _product("nkbqd,nkbsd->nkbqs", q.reshape(n, heads, own, -1, d), segment.k)
+        score = score.reshape(n, heads, b, h // heads, t, -1)
         scores.append(jnp.where(segment.mask[:, None, :, None], score, NEVER))
 
     top = scores[0].max(-1, keepdims=True)
@@ -142,12 +140,14 @@ def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Ar
         weight = jnp.exp(score - top)
         total = total + weight.sum(-1, keepdims=True)
         folded = weight.reshape(n, heads, segment.v.shape[2], -1, weight.shape[-1])
-        value = jnp.einsum(
-            "nkbqs,nkbsd->nkbqd",
-            folded.astype(segment.v.dtype),
-            segment.v,
-            preferred_element_type=jnp.float32,
-        )
+        value = _product("nkbqs,nkbsd->nkbqd", folded.astype(segment.v.dtype), segment.v)
         out = out + value.reshape(n, heads, b, h // heads, t, d)
     out = (out / total).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(n, b, t, h * d)
+
+
+def _product(spec: str, x: jax.Array, keys: jax.Array) -> jax.Array:
+    """float32 product with the keys or values of a segment; those that all rows share are not copied."""
+    if keys.shape[0] < x.shape[0]:
+        spec, keys = spec.replace(",n", ","), keys[0]
+    return jnp.einsum(spec, x, keys, preferred_element_type=jnp.float32)

@@ -4,6 +4,7 @@ Layers are apart here and not stacked: each reads its weights and its cache wher
 scan over stacked ones copies every layer's slice first.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,18 @@ from srrl_jax.models.rope import rope
 from srrl_jax.parallel import constrain
 
 Cache = jax.Array | Int8  # of shape [...] or, in 8 bits, with a scale for each token and head
+
+
+class Trunk(NamedTuple):
+    """What every prefix continues: `k` a [1, K, D, T] and `v` a [1, K, T, D] for each layer, or no layer."""
+
+    k: tuple[Cache, ...] = ()
+    v: tuple[Cache, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """T."""
+        return self.v[0].shape[2] if self.v else 0
 
 
 class Rows(NamedTuple):
@@ -93,7 +106,9 @@ class Decoder(nnx.Module):
             for linear in layer.projections().values():
                 linear.quantize()
 
-    def step(self, tokens: jax.Array, alive: jax.Array, rows: Rows, slots: Slots) -> tuple[jax.Array, Slots]:
+    def step(
+        self, tokens: jax.Array, alive: jax.Array, trunk: Trunk, rows: Rows, slots: Slots
+    ) -> tuple[jax.Array, Slots]:
         """Runs one token int32 [S] of each slot; those not alive, bool [S], need not be right.
 
         Returns:
@@ -107,25 +122,31 @@ class Decoder(nnx.Module):
 
         n, p = rows.v[0].shape[0], rows.v[0].shape[2]
         at = pick(slots.positions, rows.slots).reshape(n, -1)  # of the query in each cell [N, B]
-        keys = jnp.arange(p)
-        in_row = jnp.broadcast_to((keys < rows.lengths[:, None])[:, None], (*at.shape, p))
+        in_row = jnp.broadcast_to((jnp.arange(p) < rows.lengths[:, None])[:, None], (*at.shape, p))
+        in_trunk = jnp.ones((1, tokens.size, trunk.size), bool)
         age = slots.end - jnp.arange(slots.v[0].shape[2])  # of each column, 0 for the new token
         in_slot = (age >= 0) & (age <= slots.lengths[:, None])
 
         new_k, new_v = [], []
         for i, layer in enumerate(self.layers):
-            row_mask, slot_mask = in_row, in_slot
+            trunk_mask, row_mask, slot_mask = in_trunk, in_row, in_slot
             if windows[i] is not None:
-                row_mask = in_row & near(at[..., None], keys[None, None], windows[i])[:, :, 0]
+                keys = jnp.arange(trunk.size + p)[None, None]
+                row_mask = in_row & near(at[..., None], keys[..., trunk.size :], windows[i])[:, :, 0]
+                age_in_trunk = slots.positions[:, None] - keys[0, :, : trunk.size]
+                trunk_mask = (age_in_trunk < windows[i])[None]
                 slot_mask = in_slot & (age < windows[i])
 
-            def look(q, k, v, i=i, row_mask=row_mask, slot_mask=slot_mask):
+            def look(q, k, v, i=i, trunk_mask=trunk_mask, row_mask=row_mask, slot_mask=slot_mask):
                 new_k.append(_write(slots.k[i], k[:, 0, 0, :, :, None], 3, slots.end))
                 new_v.append(_write(slots.v[i], v[:, 0, 0, :, None, :], 2, slots.end))
-                own = (new_k[i], new_v[i], slot_mask)
-                shared = (rows.k[i], rows.v[i], row_mask)
-                out = _attend(q[:, 0, 0], own, shared, slots.cells, rows.slots)
-                return out[:, None, None], None
+                q = (q * jnp.asarray(c.head_dim**-0.5, q.dtype)).reshape(len(q), k.shape[3], -1, c.head_dim)
+                own = _softmax_part(q, new_k[i], new_v[i], slot_mask[:, None, None])
+                shared = _meet(pick(q, rows.slots), rows.k[i], rows.v[i], row_mask)
+                parts = [own, [pick(x, slots.cells) for x in shared]]
+                if trunk.size:
+                    parts.append(_meet(q, trunk.k[i], trunk.v[i], trunk_mask))
+                return _merge(parts).astype(q.dtype).reshape(len(q), 1, 1, -1), None
 
             x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
         slots = slots._replace(
@@ -156,36 +177,24 @@ def _write(cache: Cache, new: jax.Array, axis: int, column: jax.Array) -> Cache:
     return jax.tree.map(one, cache, stored(new, cache, axis))
 
 
-def _attend(q, own, shared, cells, slots) -> jax.Array:
-    """Softmax of queries [S, H, D] over their slot's and their row's keys at once -> [S, H * D].
+def _meet(q: jax.Array, k: Cache, v: Cache, mask: jax.Array) -> list[jax.Array]:
+    """`_softmax_part` of queries [N * B, K, G, D], B for each of N prefixes, over the keys of their prefix.
 
-    A row's queries meet its keys together, as [B * G] queries of one product.
+    A prefix's queries meet its keys together, as [B * G] queries of one product. `mask` [N, B, P].
     """
-    s, h, d = q.shape
-    n, heads = shared[0].shape[:2]
-    q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(s, heads, h // heads, d)
-    k, v, mask = own
-    parts = [_softmax_part(q, k, v, mask[:, None, None])]
+    n = v.shape[0]
+    s, heads, g, d = q.shape
+    grid = q.reshape(n, -1, heads, g, d).swapaxes(1, 2).reshape(n, heads, -1, d)
+    part = _softmax_part(grid, k, v, jnp.repeat(mask, g, axis=1)[:, None])
+    return [x.reshape(n, heads, -1, g, x.shape[-1]).swapaxes(1, 2).reshape(s, heads, g, -1) for x in part]
 
-    k, v, mask = shared
-    b = slots.size // n
-    grid = pick(q, slots).reshape(n, b, heads, h // heads, d).swapaxes(1, 2).reshape(n, heads, -1, d)
-    mask = jnp.repeat(mask, h // heads, axis=1)[:, None]
-    part = _softmax_part(grid, k, v, mask)
-    parts.append(
-        tuple(
-            pick(
-                x.reshape(n, heads, b, h // heads, -1).swapaxes(1, 2).reshape(n * b, heads, h // heads, -1),
-                cells,
-            )
-            for x in part
-        )
-    )
-    top = jnp.maximum(parts[0][0], parts[1][0])
+
+def _merge(parts) -> jax.Array:
+    """One softmax from those over parts of the keys, by their log-sum-exp."""
+    top = functools.reduce(jnp.maximum, [part[0] for part in parts])
     scales = [jnp.exp(part[0] - top) for part in parts]
     total = sum(scale * part[1] for scale, part in zip(scales, parts, strict=True))
-    out = sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))
-    return (out / total).astype(q.dtype).reshape(s, h * d)
+    return sum(scale * part[2] for scale, part in zip(scales, parts, strict=True)) / total
 
 
 def _softmax_part(q, k, v, mask):

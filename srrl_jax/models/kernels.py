@@ -24,6 +24,7 @@ _LANES = 128  # splash: lengths are multiples of it
 def over_mesh(function, q: jax.Array, segments: list[Segment]) -> jax.Array:
     """Runs `function(q, segments)` on each device's rows and key/value heads; at once without a mesh."""
     n, heads = q.shape[0], segments[0].k.shape[1]
+    segments = [s._replace(k=_each(s.k, n), v=_each(s.v, n)) for s in segments]
     rows, cut = P(mesh_axes("batch", n) or None), mesh_axes("kv_heads", heads) or None
     if rows[0] is None and cut is None:
         return function(q, segments)
@@ -101,6 +102,11 @@ def _flat(segments: list[Segment]) -> tuple[jax.Array, jax.Array]:
         return jnp.concatenate([x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in arrays], axis=2)
 
     return join([s.k for s in segments]), join([s.v for s in segments])
+
+
+def _each(x: jax.Array, rows: int) -> jax.Array:
+    """What all rows share, a copy for each: the kernels want a row's keys in one piece."""
+    return jnp.broadcast_to(x, (rows, *x.shape[1:]))
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -153,6 +153,7 @@ class Qwen3(nnx.Module):
         context: list[Segment] = (),
         remat: str = "none",
         return_load: bool = False,
+        owners: jax.Array | None = None,
     ):
         """Runs tokens that continue a context: the one path of prefill, decode and training.
 
@@ -165,6 +166,8 @@ class Qwen3(nnx.Module):
           remat: what the backward pass computes again of each layer instead of keeping it: "none"; "full",
             everything; "dots", all but the products with weights.
           return_load: also return how the new tokens spread over the experts.
+          owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
+            sequences may so lie one behind the other in a branch.
         Returns:
           Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
           keys and values, each [layers, N, K, B, T, D]; on request the `Load` of all layers
@@ -181,6 +184,8 @@ class Qwen3(nnx.Module):
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         steps = jnp.arange(tokens.shape[-1])
         own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
+        if owners is not None:
+            own_mask &= owners[..., :, None] == owners[..., None, :]
         kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
 
         def run(x, layers: Layer, of_kind: slice, of_all: slice):

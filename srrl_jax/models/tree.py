@@ -23,9 +23,32 @@ class TreeBatch(NamedTuple):
     branch_lengths: jax.Array
 
 
+class LaneBatch(NamedTuple):
+    """N prefixes, each continued by B branches that lie one behind the other in J lanes of L places.
+
+    Short branches so share a lane with others, and little is padded to the longest of them.
+
+    Shapes: `prefix` int32 [N, P], `prefix_lengths` int32 [N] (at least 1), `lanes` int32 [N, J, L], `owners`
+    int32 [N, J, L], the branch of each place (-1: none), `first` int32 [N, B], the place of a branch's first
+    token among all J * L, `branch_lengths` int32 [N, B].
+    """
+
+    prefix: jax.Array
+    prefix_lengths: jax.Array
+    lanes: jax.Array
+    owners: jax.Array
+    first: jax.Array
+    branch_lengths: jax.Array
+
+
 def _within(lengths: jax.Array, size: int) -> jax.Array:
     """bool [..., size], true at the first `lengths` [...] places."""
     return jnp.arange(size) < lengths[..., None]
+
+
+def _start(trunk: Segment | None) -> int:
+    """Position of a prefix's first token."""
+    return 0 if trunk is None else trunk.k.shape[-2]
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -33,16 +56,29 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[..., None, None], axis=2)[:, :, 0]
 
 
-def extend_prefix(model: Qwen3, tree: TreeBatch, remat: str = "none"):
-    """Computes each prefix once.
+def extend_trunk(model: Qwen3, tokens: jax.Array) -> Segment:
+    """The keys and values of tokens int32 [T] that every prefix continues."""
+    positions = jnp.arange(tokens.size)[None, None]
+    mask = jnp.ones(positions.shape, bool)
+    _, (k, v) = model.extend(tokens[None, None], positions, mask)
+    return Segment(k, v, mask[:, :, None], positions)
+
+
+def extend_prefix(
+    model: Qwen3, tree: TreeBatch | LaneBatch, remat: str = "none", trunk: Segment | None = None
+):
+    """Computes each prefix once, on top of the trunk if there is one.
 
     Returns:
       The last hidden state [N, hidden], what its branches attend to, and the experts' load.
     """
     n, p = tree.prefix.shape
     mask = _within(tree.prefix_lengths, p)[:, None]
-    positions = jnp.broadcast_to(jnp.arange(p), (n, 1, p))
-    hidden, (k, v), load = model.extend(tree.prefix[:, None], positions, mask, remat=remat, return_load=True)
+    positions = jnp.broadcast_to(_start(trunk) + jnp.arange(p), (n, 1, p))
+    context = [] if trunk is None else [trunk]
+    hidden, (k, v), load = model.extend(
+        tree.prefix[:, None], positions, mask, context, remat=remat, return_load=True
+    )
     last = _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0]
     return last, Segment(k, v, mask[:, :, None], positions), load
 
@@ -63,19 +99,27 @@ def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: str 
     return hidden, Segment(k, v, mask[:, :, None], positions), load
 
 
-def last_states(model: Qwen3, tree: TreeBatch):
+def last_states(model: Qwen3, tree: LaneBatch, trunk: Segment | None = None):
     """Prefill: the state [N, B, hidden] that predicts each branch's next token, and both K/V segments.
 
-    Branches of size L = 0 (nothing yet: a rollout) take their prefix's last state.
+    The branches' segment is that of their lanes. Empty branches (a rollout) take their prefix's last state;
+    without any lane the second segment is None.
     """
-    last, prefix, _ = extend_prefix(model, tree)
-    n, b, size = tree.branches.shape
-    last = jnp.broadcast_to(last[:, None], (n, b, last.shape[-1]))
-    if size == 0:
+    last, prefix, _ = extend_prefix(model, tree, trunk=trunk)
+    (n, b), hidden = tree.branch_lengths.shape, last.shape[-1]
+    last = jnp.broadcast_to(last[:, None], (n, b, hidden))
+    if tree.lanes.size == 0:
         return last, prefix, None
-    hidden, branch, _ = extend_branches(model, tree, prefix)
-    own = _at(hidden, jnp.maximum(tree.branch_lengths - 1, 0))
-    return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, branch
+    real = tree.owners >= 0
+    flat = jnp.arange(tree.lanes[0].size).reshape(tree.lanes.shape[1:])
+    begin = jnp.take_along_axis(tree.first, jnp.maximum(tree.owners, 0).reshape(n, -1), axis=1)
+    positions = _start(trunk) + tree.prefix_lengths[:, None, None] + flat - begin.reshape(tree.lanes.shape)
+    context = [prefix] if trunk is None else [trunk, prefix]
+    states, (k, v) = model.extend(tree.lanes, positions, real, context, owners=tree.owners)
+    ends = tree.first + jnp.maximum(tree.branch_lengths - 1, 0)
+    own = jnp.take_along_axis(states.reshape(n, -1, hidden), ends[..., None], axis=1)
+    lanes = Segment(k, v, real[:, :, None], positions)
+    return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, lanes
 
 
 def branch_logprobs(

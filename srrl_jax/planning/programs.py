@@ -19,9 +19,9 @@ from srrl_jax.models.weights import abstract
 from srrl_jax.parallel import batch_sharding, make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, collectives, largest_array
 from srrl_jax.sampling import Completion, Sampler
-from srrl_jax.sampling.buckets import Wave
+from srrl_jax.sampling.buckets import Lengths, Wave
 from srrl_jax.sampling.decode import Running, admit, decode, empty, prefill, resize
-from srrl_jax.sampling.sampler import pack, unstack
+from srrl_jax.sampling.sampler import Plan, pack, unstack
 from srrl_jax.sampling.schedule import Schedule
 from srrl_jax.sampling.score import next_logprobs
 from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
@@ -173,9 +173,10 @@ class Compiler:
 def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> None:
     """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
     b, mesh, others = sampler.buckets, setup.mesh, (setup.opt_state, *setup.beside(compiler.group))
-    row = [0] * b.prefix[-1], [[0] * b.branch[-1]] * b.fan_out[-1]
-    lengths = [[b.branch[-1]] * b.fan_out[-1]] * count
-    schedule = Schedule([b.prefix[-1]] * count, lengths, b, sampler.new_tokens, sampler.shards)
+    row = [[0] * b.branch[-1]] * b.fan_out[-1]
+    lengths = Lengths([b.prefix[-1]] * count, [[b.branch[-1]] * b.fan_out[-1]] * count, sampler.apart)
+    plan = Plan([], [[0] * b.prefix[-1]] * count, lengths, b)
+    schedule = Schedule(lengths, b, sampler.new_tokens, sampler.shards)
     options = dict(top_k=sampler.sampling.top_k, truncates=sampler.sampling.truncates)
     rule, number = _everywhere(sampler.rule, mesh), _everywhere(np.int32(0), mesh)
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
@@ -190,7 +191,7 @@ def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> 
     )  # fmt: skip
     schedule.resized(prefix, width, shift)
 
-    tree, _ = pack(wave, [row[0]] * count, [row[1]] * count, range(count))
+    tree, _ = pack(wave, plan, [row] * count, range(count))
     tree = _on_mesh(tree, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), tree.branch_lengths.shape))
     widest = _wide(running, prefix, schedule.widths[-1])
@@ -212,8 +213,8 @@ def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> 
 def verdicts(compiler: Compiler, setup: Setup) -> None:
     """The largest wave of verdicts that are read off the logits."""
     b, rows = setup.grading.buckets, setup.grading.buckets.rows[-1]
-    wave = Wave((-1,) * rows, b.prefix[-1], b.fan_out[-1], b.branch[-1])
-    tree, _ = pack(wave, [], [], [])
+    wave = Wave((-1,) * rows, b.prefix[-1], b.fan_out[-1], b.branch[-1], lanes=b.fan_out[-1])
+    tree, _ = pack(wave, Plan([], [], Lengths([], []), b), [], [])
     compiler(
         next_logprobs, setup.graphdef, setup.params, _on_mesh(tree, setup.mesh), np.zeros(2, np.int32),
         held=(setup.opt_state, *setup.beside("grade")),

@@ -10,20 +10,21 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models.attention import Segment
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.decoder import Rows, Slots, pick, stored
+from srrl_jax.models.decoder import Rows, Slots, Trunk, pick, stored
 from srrl_jax.models.int8 import quantize
-from srrl_jax.models.tree import TreeBatch, last_states
+from srrl_jax.models.tree import LaneBatch, extend_trunk, last_states
 from srrl_jax.parallel import constrain
 from srrl_jax.sampling.tokens import choose
 
 
 class Running(NamedTuple):
-    """Resident prefixes, and the branches that run on them.
+    """Resident prefixes, what all of them continue, and the branches that run on them.
 
     Of each of the S slots: `keys` random keys; `drawn` int32, tokens drawn so far; `last` int32, the
     newest of them, not yet in the cache; `alive` bool, false in a slot that is free or has finished.
     """
 
+    trunk: Trunk
     rows: Rows
     slots: Slots
     keys: jax.Array
@@ -69,16 +70,42 @@ class Places(NamedTuple):
     cells: jax.Array
 
 
+class Kept(NamedTuple):
+    """What goes on when fewer slots do: the kept `rows` int32 [R, N' / R] and `slots` int32 [R, S' / R] of
+    those there were, by shard of the mesh; `grid` and `cells` of `Rows` and `Slots`, as they are to be.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    grid: jax.Array
+    cells: jax.Array
+
+
+@partial(jax.jit, static_argnames=("graphdef", "int8"))
+def begin(graphdef, params, tokens: jax.Array, int8: bool) -> tuple[Segment, Trunk]:
+    """Runs the tokens int32 [T] that all prefixes continue: for `prefill`, and for decoding (in 8 bits or
+    the compute type)."""
+    segment = extend_trunk(nnx.merge(graphdef, params), tokens)
+
+    def cache(x, axis):  # x [layers, 1, K, 1, T, D]
+        parts = [layer[:, :, 0].swapaxes(2, 3) if axis == 2 else layer[:, :, 0] for layer in x]
+        return tuple(quantize(part, axis) if int8 else part for part in parts)
+
+    return segment, Trunk(cache(segment.k, 2), cache(segment.v, 3))
+
+
 @partial(jax.jit, static_argnames=("graphdef",))
-def prefill(graphdef, params, tree: TreeBatch) -> tuple[jax.Array, Segment, Segment | None]:
-    """Runs the prefixes once and the branches' given tokens on top of them.
+def prefill(
+    graphdef, params, tree: LaneBatch, trunk: Segment | None = None
+) -> tuple[jax.Array, Segment, Segment | None]:
+    """Runs the prefixes once, on top of the trunk, and the branches' given tokens on top of them.
 
     Returns:
       The states [N, B, hidden] that predict each branch's first new token; the prefixes' keys and
-      values, shared by a row's branches; and those of the branches' given tokens, None where they have
-      no room for any.
+      values, shared by a row's branches; and those of the branches' given tokens, in their lanes, None where
+      there are none.
     """
-    return last_states(nnx.merge(graphdef, params), tree)
+    return last_states(nnx.merge(graphdef, params), tree, trunk)
 
 
 @partial(
@@ -98,7 +125,7 @@ def empty(
     prefix: int,
     width: int,
 ) -> Running:
-    """Nothing runs yet: N rows of B cells, S slots, room for P prefix tokens and W own ones.
+    """Nothing runs yet: no trunk, N rows of B cells, S slots, room for P prefix tokens and W own ones.
 
     The caches are of `dtype`, or of 8 bits. Any `key` shows the kind of random keys to come.
     """
@@ -118,7 +145,7 @@ def empty(
         cache(slots, d, width, head_axis=2), cache(slots, width, d, head_axis=3), none, none,
         jnp.zeros((shards, slots // shards), jnp.int32), jnp.int32(0),
     )  # fmt: skip
-    return Running(grid, own, jax.random.split(key, slots), none, none, jnp.zeros(slots, bool))
+    return Running(Trunk(), grid, own, jax.random.split(key, slots), none, none, jnp.zeros(slots, bool))
 
 
 @partial(jax.jit, static_argnames=("prefix", "width"))
@@ -153,6 +180,20 @@ def resize(running: Running, shift: jax.Array, *, prefix: int, width: int) -> Ru
     return running._replace(rows=rows, slots=slots)
 
 
+@jax.jit
+def compact(running: Running, kept: Kept) -> Running:
+    """Goes on with fewer rows and slots, whose caches are then less to read."""
+
+    def take(index, tree):
+        return jax.tree.map(partial(pick, index=index), tree)
+
+    rows, slots = running.rows, running.slots
+    rows = Rows(take(kept.rows, rows.k), take(kept.rows, rows.v), take(kept.rows, rows.lengths), kept.grid)
+    own = take(kept.slots, (slots.k, slots.v, slots.lengths, slots.positions))
+    others = take(kept.slots, (running.keys, running.drawn, running.last, running.alive))
+    return Running(running.trunk, rows, Slots(*own, kept.cells, slots.end), *others)
+
+
 @partial(jax.jit, static_argnames=("decoder", "top_k", "truncates"), donate_argnames=("running",))
 def admit(
     decoder,
@@ -161,7 +202,7 @@ def admit(
     state: jax.Array,
     prefix: Segment,
     own: Segment | None,
-    tree: TreeBatch,
+    tree: LaneBatch,
     keys: jax.Array,
     places: Places,
     rule: Rule,
@@ -195,12 +236,13 @@ def admit(
         new = jnp.pad(new, [(0, 0), (0, 0), (0, old.shape[axis] - new.shape[2]), (0, 0)])
         return put(places.rows, new, old, axis)
 
-    def into_slots(new, old, axis):  # new [n, K, B, L, D]: from the left to where the next one is at `end`
-        new = new.swapaxes(1, 2).reshape(n * b, new.shape[1], *new.shape[3:])
-        column = jnp.arange(old.shape[axis]) - (slots.end - tree.branch_lengths.reshape(-1, 1))
-        column = jnp.clip(column, 0, new.shape[2] - 1)[:, None, :, None]
-        new = jnp.take_along_axis(new, column, axis=2)
-        return put(places.branches, new, old, axis)
+    def into_slots(new, old, axis):  # new [n, K, J, L, D]: from its lane to where the next one is at `end`
+        new = new.reshape(n, new.shape[1], -1, new.shape[-1])
+        column = jnp.arange(old.shape[axis]) - (slots.end - tree.branch_lengths[..., None])
+        at = jnp.clip(tree.first[..., None] + column, 0, new.shape[2] - 1)
+        new = jnp.take_along_axis(new, at.reshape(n, 1, -1, 1), axis=2)
+        new = new.reshape(n, new.shape[1], b, -1, new.shape[-1]).swapaxes(1, 2)
+        return put(places.branches, new.reshape(n * b, *new.shape[2:]), old, axis)
 
     rows = Rows(
         tuple(into_rows(prefix.k[i], k, 3) for i, k in enumerate(rows.k)),
@@ -214,9 +256,10 @@ def admit(
             v=tuple(into_slots(own.v[i], v, 2) for i, v in enumerate(slots.v)),
         )
     lengths = tree.branch_lengths.reshape(-1)
+    positions = running.trunk.size + jnp.repeat(tree.prefix_lengths, b) + lengths
     slots = slots._replace(
         lengths=place(places.branches, lengths, slots.lengths),
-        positions=place(places.branches, lengths + jnp.repeat(tree.prefix_lengths, b), slots.positions),
+        positions=place(places.branches, positions, slots.positions),
         cells=places.cells,
     )
     token, logprob = _draw(
@@ -225,6 +268,7 @@ def admit(
     here = places.branches.reshape(-1) >= 0
     last = place(places.branches, token.reshape(-1), running.last)
     running = Running(
+        running.trunk,
         rows,
         slots,
         place(places.branches, keys.reshape(-1), running.keys),
@@ -256,18 +300,18 @@ def decode(
     Args:
       decoder, params: graph and state of a `Decoder`.
       running: donated; its caches need room for `chunk` columns from `end` on.
-      enough: int scalar; ends early when no more than this many slots are alive, so that others enter.
+      enough: int scalar; ends early when no more than this many slots of any shard are alive.
     """
     model = nnx.merge(decoder, params)
-    size = running.alive.shape[0]
+    size, shards = running.alive.shape[0], running.slots.cells.shape[0]
 
     def more_to_do(loop):
         step, running, _ = loop
-        return (step < chunk) & (running.alive.sum() > enough)
+        return (step < chunk) & (running.alive.reshape(shards, -1).sum(1).max() > enough)
 
     def one_token(loop):
         step, running, out = loop
-        state, slots = model.step(running.last, running.alive, running.rows, running.slots)
+        state, slots = model.step(running.last, running.alive, running.trunk, running.rows, running.slots)
         token, logprob = _draw(model, state, running.keys, running.drawn, rule, top_k, truncates)
         alive, drawn = running.alive, running.drawn + running.alive
         out = Drawn(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from srrl_jax.errors import InputError
 from srrl_jax.models.attention import BLOCK
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.sampling.buckets import Buckets, sort_rows
+from srrl_jax.sampling.buckets import Buckets, Lengths, sort_rows
 from srrl_jax.sampling.schedule import CHUNK
 
 
@@ -55,8 +55,7 @@ def rows_within(
     dtype,
     mesh_sizes: tuple[int, int],
     buckets: Buckets,
-    prefix_lengths: list[int],
-    branch_lengths: list[list[int]],
+    lengths: Lengths,
     new_tokens: int,
 ) -> tuple[int, ...]:
     """Those sizes of `buckets.rows` with which these rows fit; if none, the largest below them that does.
@@ -68,7 +67,7 @@ def rows_within(
       InputError: what `sort_rows` refuses, or not even a row in each piece fits.
     """
     shards, tensor = mesh_sizes
-    sizes = [entry[1] for entry in sort_rows(prefix_lengths, branch_lengths, buckets)]
+    sizes = [entry[1] for entry in sort_rows(lengths, buckets)]
     largest = tuple(max(column) for column in zip(*sizes, strict=True))
     if not largest:
         return buckets.rows

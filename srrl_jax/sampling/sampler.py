@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, TreeBatch
-from srrl_jax.models.decoder import Decoder
+from srrl_jax.models import Qwen3
+from srrl_jax.models.attention import Segment, choose_kernel
+from srrl_jax.models.decoder import Decoder, Trunk
+from srrl_jax.models.tree import LaneBatch
 from srrl_jax.parallel import place_batch, replicate, rollout_layout, row_shards
-from srrl_jax.sampling.buckets import Buckets, Wave
-from srrl_jax.sampling.decode import Rule, Running, admit, decode, empty, prefill, resize
+from srrl_jax.sampling.buckets import Buckets, Lengths, Wave, sort_rows
+from srrl_jax.sampling.decode import Rule, Running, admit, begin, compact, decode, empty, prefill, resize
 from srrl_jax.sampling.memory import default_budget, rows_within
 from srrl_jax.sampling.schedule import CHUNK, Schedule
 from srrl_jax.sampling.tokens import SamplingConfig
@@ -33,6 +35,30 @@ class Completion(NamedTuple):
     tokens: np.ndarray
     logprobs: np.ndarray
     truncated: bool
+
+
+class Weights(NamedTuple):
+    """Weights as training keeps them, and as decoding takes them (in 8 bits or not): see `Sampler.ready`."""
+
+    params: Any
+    decoder: Any
+    int8: bool
+
+
+class Plan(NamedTuple):
+    """How a call is to run.
+
+    Attributes:
+      trunk: tokens that all prefixes begin with, computed once.
+      prefixes: the rest of each.
+      lengths: of these, and of the branches.
+      buckets: the table for them, with as many rows at a time as the memory holds.
+    """
+
+    trunk: Sequence[int]
+    prefixes: list[Sequence[int]]
+    lengths: Lengths
+    buckets: Buckets
 
 
 class Sampler:
@@ -87,6 +113,11 @@ class Sampler:
             )
         )
         self.config, self.dtype, self.shards = model.config, model.dtype, cut
+        # Splash's masks are made before lengths are known.
+        kernel = choose_kernel(
+            model.attention, model.dtype, model.config.windows is not None, buckets.branch[-1]
+        )
+        self.apart = kernel == "splash"
         self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
         self.stop_ids = tuple(stop_ids)
@@ -104,7 +135,7 @@ class Sampler:
         """Samples every branch of every prefix.
 
         Args:
-          params: `nnx.state` of the model.
+          params: `nnx.state` of the model, or what `ready` made of it.
           prefixes: token ids of each row, at least one.
           branches: for each row, the given tokens of each of its branches; `[[]] * G` samples G
             completions of the prefix itself.
@@ -116,27 +147,28 @@ class Sampler:
           InputError: a row that the bucket table or the memory does not hold; nothing has run by then.
         """
         row_ids = range(len(prefixes)) if row_ids is None else row_ids
-        lengths = [len(prefix) for prefix in prefixes], [[len(branch) for branch in row] for row in branches]
-        schedule = Schedule(*lengths, self.within_memory(*lengths), self.new_tokens, self.shards)
+        plan = self.plan(prefixes, branches)
+        schedule = Schedule(plan.lengths, plan.buckets, self.new_tokens, self.shards)
         drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
         total, done = sum(map(len, branches)), 0
-        decoder = unstack(self.graphdef, params, self.mesh, self.int8_weights)
+        weights = self.ready(params)
+        shared, trunk = self.begin(weights.params, plan.trunk)
         rule, running = self._put(self.rule), None
         options = dict(top_k=self.sampling.top_k, truncates=self.sampling.truncates)
         while schedule.waiting or schedule.running.any():
             firsts = []
             while wave := schedule.next_wave():
-                running = self._resize(running, schedule, wave, key)
-                arrived = self._prefill(params, wave, prefixes, branches, key, row_ids)
+                running = self._resize(running, schedule, wave, key, trunk)
+                arrived = self._prefill(weights.params, shared, wave, plan, branches, key, row_ids)
                 places = self._place(schedule.enter(wave))
                 token, logprob, running = admit(
-                    self.decoder, decoder, running, *arrived, places, rule, **options
+                    self.decoder, weights.decoder, running, *arrived, places, rule, **options
                 )
                 firsts.append((wave, token, logprob))
-            running = self._resize(running, schedule, None, key)
+            running = self._resize(running, schedule, None, key, trunk)
             out, running = decode(
                 self.decoder,
-                decoder,
+                weights.decoder,
                 running,
                 rule,
                 self._put(np.int32(schedule.enough())),
@@ -155,27 +187,54 @@ class Sampler:
                 logprobs.append(out.logprobs[slot, : out.counts[slot]])
                 done += not out.alive[slot]
             schedule.advance(out.counts, out.alive)
+            if kept := schedule.compaction():
+                running = compact(running, self._place(kept))
             on_wave(done, total)
         return [[self._completion(*branch) for branch in row] for row in drawn]
 
-    def within_memory(self, prefix_lengths: list[int], branch_lengths: list[list[int]]) -> Buckets:
-        """The bucket table with those sizes of `rows` that the memory holds of rows so long.
+    def ready(self, params: Any) -> Weights:
+        """What `generate` makes of weights before anything else, to be made once for several calls.
+
+        What another sampler of the same model has made ready is taken as it is, unless for 8 bits.
+        """
+        if isinstance(params, Weights):
+            if params.int8 == self.int8_weights:
+                return params
+            params = params.params
+        decoder = unstack(self.graphdef, params, self.mesh, self.int8_weights)
+        return Weights(params, decoder, self.int8_weights)
+
+    def plan(self, prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]]) -> Plan:
+        """How a call is to run.
 
         Raises:
           InputError: as `generate`.
         """
+        lengths = Lengths(list(map(len, prefixes)), [list(map(len, row)) for row in branches], self.apart)
+        sort_rows(lengths, self.buckets)  # complains of the whole lengths
+        cut = self.buckets.shared(prefixes)
+        rest, buckets = [prefix[cut:] for prefix in prefixes], self.buckets.after(cut)
+        lengths = dataclasses.replace(lengths, prefix=list(map(len, rest)))
         tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
         rows = rows_within(
-            self.budget, self.config, self.dtype, (self.shards, tensor),
-            self.buckets, prefix_lengths, branch_lengths, self.new_tokens,
-        )  # fmt: skip
-        return dataclasses.replace(self.buckets, rows=rows)
+            self.budget, self.config, self.dtype, (self.shards, tensor), buckets, lengths, self.new_tokens
+        )
+        trunk = prefixes[0][:cut] if cut else []
+        return Plan(trunk, rest, lengths, dataclasses.replace(buckets, rows=rows))
+
+    def begin(self, params: Any, trunk: Sequence[int]) -> tuple[Segment | None, Trunk]:
+        """The trunk's keys and values, for prefill and for decoding."""
+        if not trunk:
+            return None, Trunk()
+        return begin(self.graphdef, params, self._put(np.asarray(trunk, np.int32)), self.int8_caches)
 
     def _completion(self, tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
         tokens = np.concatenate(tokens)
         return Completion(tokens, np.concatenate(logprobs), int(tokens[-1]) not in self.stop_ids)
 
-    def _resize(self, running: Running | None, schedule: Schedule, wave: Wave | None, key) -> Running:
+    def _resize(
+        self, running: Running | None, schedule: Schedule, wave: Wave | None, key, trunk: Trunk
+    ) -> Running:
         """Gives the caches room for a wave to enter and for the next chunk."""
         prefix, width, shift = schedule.sizes(wave)
         if running is None:
@@ -186,17 +245,17 @@ class Sampler:
                 shards=self.shards, prefix=prefix, width=width,
             )  # fmt: skip
             slots = running.slots._replace(end=self._put(np.int32(schedule.end)))
-            return running._replace(slots=slots)
+            return running._replace(trunk=trunk, slots=slots)
         if (prefix, width, shift) != (schedule.prefix, schedule.width, 0):
             running = resize(running, self._put(np.int32(shift)), prefix=prefix, width=width)
             schedule.resized(prefix, width, shift)
         return running
 
-    def _prefill(self, params, wave: Wave, prefixes, branches, key, row_ids):
+    def _prefill(self, params, trunk: Segment | None, wave: Wave, plan: Plan, branches, key, row_ids):
         """What `admit` takes of a wave."""
-        tree, ids = pack(wave, prefixes, branches, row_ids)
+        tree, ids = pack(wave, plan, branches, row_ids)
         tree, ids = self._place(tree), self._place(ids)
-        state, prefix, own = prefill(self.graphdef, params, tree)
+        state, prefix, own = prefill(self.graphdef, params, tree, trunk)
         return state, prefix, own, tree, _branch_keys(key, ids, wave.fan_out)
 
     @property
@@ -237,26 +296,30 @@ def _branch_keys(key: jax.Array, ids: jax.Array, fan_out: int) -> jax.Array:
     return jax.vmap(_fold, (0, None))(_fold(key, ids), jnp.arange(fan_out))
 
 
-def pack(wave: Wave, prefixes, branches, row_ids) -> tuple[TreeBatch, np.ndarray]:
-    """Pads the rows of a wave to its sizes: a host TreeBatch, and row ids [N].
+def pack(wave: Wave, plan: Plan, branches, row_ids) -> tuple[LaneBatch, np.ndarray]:
+    """Pads the rows of a wave to its sizes: a host LaneBatch, and row ids [N].
 
     A padding row is a prefix of one token.
     """
     size = len(wave.indices)
-    tree = TreeBatch(
+    tree = LaneBatch(
         np.zeros((size, wave.prefix), np.int32),
         np.ones(size, np.int32),
-        np.zeros((size, wave.fan_out, wave.branch), np.int32),
+        np.zeros((size, wave.lanes, wave.branch), np.int32),
+        np.full((size, wave.lanes, wave.branch), -1, np.int32),
+        np.zeros((size, wave.fan_out), np.int32),
         np.zeros((size, wave.fan_out), np.int32),
     )
     ids = np.zeros(size, np.uint32)
-    for place, row in enumerate(wave.indices):
+    for seat, row in enumerate(wave.indices):
         if row < 0:
             continue
-        tree.prefix[place, : len(prefixes[row])] = prefixes[row]
-        tree.prefix_lengths[place] = len(prefixes[row])
-        ids[place] = row_ids[row]
-        for b, branch in enumerate(branches[row]):
-            tree.branches[place, b, : len(branch)] = branch
-            tree.branch_lengths[place, b] = len(branch)
+        tree.prefix[seat, : len(plan.prefixes[row])] = plan.prefixes[row]
+        tree.prefix_lengths[seat] = len(plan.prefixes[row])
+        ids[seat] = row_ids[row]
+        for b, (lane, first) in enumerate(plan.lengths.places(row, wave.branch) if wave.lanes else ()):
+            tokens = branches[row][b]
+            tree.lanes[seat, lane, first : first + len(tokens)] = tokens
+            tree.owners[seat, lane, first : first + len(tokens)] = b
+            tree.first[seat, b], tree.branch_lengths[seat, b] = lane * wave.branch + first, len(tokens)
     return tree, ids

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srrl_jax.models import TreeBatch
-from srrl_jax.models.tree import last_states
+from srrl_jax.models.attention import Segment
+from srrl_jax.models.tree import LaneBatch, last_states
 from srrl_jax.parallel import to_host
 from srrl_jax.sampling.buckets import plan_waves
-from srrl_jax.sampling.sampler import Sampler, pack
+from srrl_jax.sampling.sampler import Sampler, Weights, pack
 
 
 def score(
@@ -37,14 +37,16 @@ def score(
     Raises:
       InputError: a row that the bucket table or the memory does not hold; nothing has run by then.
     """
-    lengths = [len(prefix) for prefix in prefixes], [[len(branch) for branch in row] for row in branches]
-    waves = plan_waves(*lengths, sampler.within_memory(*lengths))
+    plan = sampler.plan(prefixes, branches)
+    waves = plan_waves(plan.lengths, plan.buckets)
+    params = params.params if isinstance(params, Weights) else params
+    trunk, _ = sampler.begin(params, plan.trunk)
     results: list[np.ndarray] = [np.zeros((0, len(candidates)), np.float32)] * len(prefixes)
     total, done = sum(map(len, branches)), 0
     ids = jnp.asarray(candidates, jnp.int32)
     for wave in waves:
-        tree, _ = pack(wave, prefixes, branches, range(len(prefixes)))
-        logprobs = to_host(next_logprobs(sampler.graphdef, params, sampler._place(tree), ids))
+        tree, _ = pack(wave, plan, branches, range(len(prefixes)))
+        logprobs = to_host(next_logprobs(sampler.graphdef, params, sampler._place(tree), ids, trunk))
         for place, row in enumerate(wave.indices):
             if row < 0:
                 continue
@@ -55,9 +57,11 @@ def score(
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def next_logprobs(graphdef, params, tree: TreeBatch, candidates: jax.Array) -> jax.Array:
+def next_logprobs(
+    graphdef, params, tree: LaneBatch, candidates: jax.Array, trunk: Segment | None = None
+) -> jax.Array:
     """float32 [N, B, C]."""
     model = nnx.merge(graphdef, params)
-    state, _, _ = last_states(model, tree)
+    state, _, _ = last_states(model, tree, trunk)
     logits = model.logits(state)
     return logits[..., candidates] - jax.nn.logsumexp(logits, axis=-1, keepdims=True)

@@ -8,7 +8,7 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch, branch_logprobs
 from srrl_jax.models.attention import Segment
-from srrl_jax.models.tree import extend_branches, extend_prefix, last_states
+from srrl_jax.models.tree import LaneBatch, extend_branches, extend_prefix, last_states
 
 SLIDING = {
     "use_sliding_window": True,
@@ -47,6 +47,14 @@ def flat(model, tree, new=()):
     return [(row, logits[i, : len(row)], starts[i]) for i, row in enumerate(rows)]
 
 
+def in_lanes(tree):
+    """Each branch in a lane of its own."""
+    size, branch = tree.branches.shape[-1], jnp.arange(tree.branches.shape[1])
+    owners = jnp.where(jnp.arange(size) < tree.branch_lengths[..., None], branch[:, None], -1)
+    first = jnp.broadcast_to(branch * size, tree.branch_lengths.shape)
+    return LaneBatch(tree.prefix, tree.prefix_lengths, tree.branches, owners, first, tree.branch_lengths)
+
+
 def test_window_counts_the_token_itself(tiny):
     """A one-layer network with window 3 sees two tokens back, no further."""
     kind = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
@@ -75,7 +83,7 @@ def test_decoding_equals_flat(tiny, tree, relative_error):
 
     @jax.jit
     def decode(model):
-        state, *context = last_states(model, tree)
+        state, *context = last_states(model, in_lanes(tree))
         hidden = [state]
         for i in range(3):
             positions = (tree.prefix_lengths[:, None] + tree.branch_lengths + i)[..., None]

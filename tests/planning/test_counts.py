@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch
+from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.presets import PRESETS
-from srrl_jax.models.tree import last_states
+from srrl_jax.models.tree import LaneBatch, last_states
 from srrl_jax.planning import counts
 from srrl_jax.planning.counts import Tree
 
@@ -23,8 +23,9 @@ def abstract():
 
 
 def batch(tree):
-    shapes = TreeBatch((tree.n, tree.p), (tree.n,), (tree.n, tree.b, tree.l), (tree.n, tree.b))
-    return TreeBatch(*[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes])
+    lanes, branches = (tree.n, tree.b, tree.l), (tree.n, tree.b)
+    shapes = LaneBatch((tree.n, tree.p), (tree.n,), lanes, lanes, branches, branches)
+    return LaneBatch(*[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes])
 
 
 def flops(function, *args) -> float:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling import Buckets
-from srrl_jax.sampling.buckets import fit, ladder, plan_waves, sort_rows
+from srrl_jax.sampling.buckets import Lengths, fit, ladder, plan_waves, sort_rows
 
 TABLE = Buckets(prefix=(4, 8, 16), branch=(0, 3, 6), fan_out=(1, 4), rows=(1, 2, 4))
 
@@ -32,7 +32,8 @@ def test_fit():
 @given(st.lists(st.tuples(st.integers(1, 16), st.lists(st.integers(0, 6), min_size=1, max_size=4))))
 def test_rows_take_the_smallest_sizes_longest_first(rows):
     prefixes, branches = [prefix for prefix, _ in rows], [lengths for _, lengths in rows]
-    placed = sort_rows(prefixes, branches, TABLE)
+    lengths = Lengths(prefixes, branches)
+    placed = sort_rows(lengths, TABLE)
     assert sorted(row for row, _ in placed) == list(range(len(rows)))
     for row, (prefix, fan_out, branch) in placed:
         assert prefix == fit(prefixes[row], TABLE.prefix, "prefix")
@@ -41,15 +42,22 @@ def test_rows_take_the_smallest_sizes_longest_first(rows):
     keys = [(sizes, prefixes[row]) for row, sizes in placed]
     assert keys == sorted(keys, reverse=True)
 
-    waves = plan_waves(prefixes, branches, TABLE)
+    waves = plan_waves(lengths, TABLE)
     assert [row for wave in waves for row in wave.indices if row >= 0] == [row for row, _ in placed]
     for wave in waves:
-        rows = [row for row in wave.indices if row >= 0]
-        assert all(dict(placed)[row] == wave[1:] for row in rows)
-        assert len(wave.indices) == fit(len(rows), TABLE.rows, "rows")
-    # No two waves of one shape have both room left.
-    shapes = [wave[1:] for wave in waves if min(wave.indices) < 0 or len(wave.indices) < TABLE.rows[-1]]
-    assert len(shapes) == len(set(shapes))
+        sizes = [dict(placed)[row] for row in wave.indices if row >= 0]
+        assert wave[1:4] == tuple(map(max, zip(*sizes, strict=True)))
+        assert len(wave.indices) in TABLE.rows
+
+
+def test_lengths_far_apart_sit_apart_and_alike_ones_together():
+    table = Buckets(prefix=(256, 4096), branch=(0, 8), fan_out=(2,), rows=(1, 4))
+    waves = plan_waves(Lengths([4000, 230, 240, 3900, 250, 220], [[0, 0]] * 4 + [[5, 3], [0, 0]]), table)
+    assert [(wave.indices, wave.prefix, wave.branch) for wave in waves] == [
+        ((0,), 4096, 0),
+        ((3,), 4096, 0),
+        ((4, 2, 1, 5), 256, 8),
+    ]
 
 
 def test_the_ladder_has_few_rungs_and_holds_every_length():
@@ -58,3 +66,18 @@ def test_the_ladder_has_few_rungs_and_holds_every_length():
     for length in range(1, 3000):
         (size,) = ladder([length])
         assert length <= size and (size == 8 or 2 * length > 4 / 3 * size)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(9, 20), st.booleans())
+def test_branches_in_lanes_do_not_overlap(branches, size, apart):
+    lengths = Lengths([1], [branches], apart)
+    lanes, places = lengths.lanes([0], size, fan_out=12), lengths.places(0, size)
+    taken = [(lane, first + i) for (lane, first), n in zip(places, branches, strict=True) for i in range(n)]
+    assert len(set(taken)) == len(taken) == sum(branches)
+    assert all(lane < lanes and place < size for lane, place in taken)
+    assert lanes == 12 if apart else lanes <= 12
+
+
+def test_short_branches_share_a_lane():
+    assert Lengths([1], [[5, 3, 2, 4, 6]]).places(0, 10) == [(1, 0), (1, 5), (1, 8), (0, 6), (0, 0)]

@@ -6,6 +6,7 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling import Buckets, Sampler, memory, score
+from srrl_jax.sampling.buckets import Lengths
 from srrl_jax.sampling.decode import prefill
 
 TABLE = Buckets(prefix=(12, 24), branch=(6,), fan_out=(3,), rows=(2, 6))
@@ -28,17 +29,17 @@ def gb_of(model, rows, prefix=12):
 @pytest.mark.parametrize(
     ("table", "room", "rows"), [((2, 6), 6, (2, 6)), ((2, 6), 5, (2,)), ((6,), 5, (5,)), ((2, 6), 1, (1,))]
 )
-def test_rows_that_fit(model, make, table, room, rows):
-    assert make(gb_of(model, room), table).within_memory(*ROWS).rows == rows
+def test_rows_that_fit(model, make, draw_rows, table, room, rows):
+    assert make(gb_of(model, room), table).plan(*draw_rows(*ROWS)).buckets.rows == rows
 
 
-def test_long_rows_take_the_room_of_several(model, make):
-    sampler = make(gb_of(model, 6))
-    assert sampler.within_memory([20, 3], [[3, 0, 5]] * 2).rows == (2,)
+def test_long_rows_take_the_room_of_several(model, make, draw_rows):
+    rows = draw_rows([20, 3], [[3, 0, 5]] * 2)
+    assert make(gb_of(model, 6)).plan(*rows).buckets.rows == (2,)
 
 
 def test_a_mesh_shares_rows_and_heads(model):
-    sizes = TABLE, *ROWS, 4
+    sizes = TABLE, Lengths(*ROWS), 4
     budget = int(gb_of(model, 1) * 1e9)
     (alone,) = memory.rows_within(budget, model.config, model.dtype, (1, 1), *sizes)
     assert alone == 1

@@ -15,15 +15,17 @@ TREES = st.lists(
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    """Stops at a few of its 50 tokens; one size of everything, so that one program serves all examples."""
-    table = Buckets(prefix=(12,), branch=(6,), fan_out=(3,), rows=(2,))
+    """Stops at a few of its 50 tokens; few sizes of everything, so that few programs serve all examples."""
+    table = Buckets(prefix=(17,), branch=(6,), fan_out=(3,), rows=(2,), trunk=(5,))
     return Sampler(model, table, new_tokens=8, stop_ids=(3, 17, 40), sampling=SamplingConfig(temperature=0))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(tree=TREES, seed=st.integers(0, 1000))
-def test_greedy_equals_flat(model, params, sampler, draw_rows, flat_logprobs, tree, seed):
-    rows = draw_rows([prefix for prefix, _ in tree], [branches for _, branches in tree], seed)
+@given(tree=TREES, seed=st.integers(0, 1000), trunk=st.sampled_from([(), (7, 7, 1, 30, 2)]))
+def test_greedy_equals_flat(model, params, sampler, draw_rows, flat_logprobs, tree, seed, trunk):
+    """With short branches in lanes, and with a trunk where all prefixes begin alike."""
+    prefixes, branches = draw_rows([prefix for prefix, _ in tree], [branches for _, branches in tree], seed)
+    rows = [[*trunk, *prefix] for prefix in prefixes], branches
     results = sampler.generate(params, *rows, jax.random.key(seed))
     completions = sum(results, [])
     assert [len(row) for row in results] == [len(branches) for _, branches in tree]

@@ -255,7 +255,7 @@ def test_nothing_recompiles_after_warm_up(model, other_model, draw_rows):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for prefix in table.prefix:
-            for branch in table.branch:
+            for branch in (0, 1, 3):  # none, two in a lane, two lanes
                 for rows in (2, 4):
                     generate(model, WARM, prefix, branch, rows, 2, seed=0)
         assert compiled

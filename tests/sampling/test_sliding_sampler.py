@@ -24,7 +24,9 @@ def sliding(model):
 def test_greedy_equals_flat(model, sliding, draw_rows, flat_logprobs, branch):
     given = [[0, 0, 0], [0]] if branch == 0 else [[3, 0, 5], [1]]
     rows = draw_rows([7, 4], given)
-    buckets = Buckets(prefix=(12,), branch=(branch,), fan_out=(3,), rows=(3,))
+    for prefix in rows[0]:
+        prefix[:2] = 5, 6  # their trunk
+    buckets = Buckets(prefix=(12,), branch=(branch,), fan_out=(3,), rows=(3,), trunk=(2,))
     run = Sampler(sliding, buckets, new_tokens=8, stop_ids=(), sampling=SamplingConfig(temperature=0))
     results = run.generate(nnx.state(sliding), *rows, jax.random.key(0))
     completions = [completion for row in results for completion in row]
