@@ -120,11 +120,12 @@ class Checkpoint:
             ),
             new_tokens=config.max_new_tokens,
             sampling=config.sampling,
+            trunk=grader.question.trunk,
         )
         texts = repr([(list(item.prompt), item.response) for item in items])
         return grader.grade(self.params, items, jax.random.fold_in(key, zlib.crc32(texts.encode())))
 
-    def _sampler(self, prefixes, branches, fan_out, *, new_tokens, sampling) -> Sampler:
+    def _sampler(self, prefixes, branches, fan_out, *, new_tokens, sampling, trunk=()) -> Sampler:
         branch, positions = ladder(branches), self.model.config.max_position_embeddings
         room = positions - branch[-1] - new_tokens
         if room < 1:
@@ -137,6 +138,7 @@ class Checkpoint:
             fan_out,
             branch,
             (self.rows,),
+            trunk,
         )
         return Sampler(
             self.model,

@@ -1,5 +1,6 @@
 """How the grader is asked: the tokens of a response's prompt and of its criteria."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -47,6 +48,15 @@ class Question:
                 )
             self.candidates = (yes[same], no[same])
             self._tail = len(yes) - same
+
+    @cached_property
+    def trunk(self) -> tuple[int, ...]:
+        """For `Buckets.trunk`: how many tokens the prompts of all items begin with alike, the instructions of
+        a template that puts them first; empty where so few that nothing is saved."""
+        roles = ("user", "assistant", "system")
+        prompts = [self.prefix(GradingItem([{"role": role, "content": ""}], "", ())) for role in roles]
+        tokens = len(os.path.commonprefix(prompts))
+        return (tokens,) if tokens >= 64 else ()
 
     def prefix(self, item: GradingItem) -> list[int]:
         """What all criteria of the item share: instructions, conversation, response."""

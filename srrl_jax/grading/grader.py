@@ -92,7 +92,7 @@ class Grader:
         """One verdict for every criterion of every item.
 
         Args:
-          params: `nnx.state` of the grading model.
+          params: `nnx.state` of the grading model, or what `Sampler.ready` made of it.
           key: a typed random key. Try t of item i draws from keys folded from (t, i, place among the
             criteria still unread); a constrained verdict from (i, place of the criterion).
           on_wave: told replies finished and their total after each wave.
@@ -131,10 +131,11 @@ class Grader:
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
         """Samples replies and reads them."""
+        weights = self.sampler.ready(params)
 
         def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
             replies = self._samplers[min(attempt, 1)].generate(
-                params,
+                weights,
                 [prefixes[i] for i in asked],
                 [[self._branch(items[i], query) for query in row for _ in range(self.votes)]
                  for i, row in asked.items()],

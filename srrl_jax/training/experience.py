@@ -11,7 +11,7 @@ from srrl_jax.grading import Grader, GradingItem, Judge, Verdict, WeightsJudge, 
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example, load_template, parse_verdict, score_response, visible_response
-from srrl_jax.sampling import Buckets, Completion, Sampler
+from srrl_jax.sampling import Buckets, Completion, Sampler, Weights
 from srrl_jax.training.config import TrainConfig
 
 OnWave = Callable[[int, int], None]
@@ -86,9 +86,15 @@ def make_grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConf
 
 
 def samplers(
-    model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, *, stop_ids: Sequence[int], allowed: int
+    model: Qwen3,
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    stop_ids: Sequence[int],
+    allowed: int,
+    trunk: tuple[int, ...] = (),
 ) -> tuple[Sampler, Sampler]:
-    """Of rollouts and of grading."""
+    """Of rollouts and of grading; `trunk` is that of the grader's prompts (see `Question.trunk`)."""
     r, g = config.rollout, config.grading
     shared = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
     rollout = Sampler(
@@ -109,6 +115,7 @@ def samplers(
             Grader.fan_out(g.criteria_buckets, g.verdict, g.votes, g.together),
             g.criterion_buckets,
             g.rows,
+            trunk,
         ),
         new_tokens=g.max_new_tokens,
         sampling=g.sampling,
@@ -125,10 +132,19 @@ class SelfRewarder:
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh):
         self.tokenizer = tokenizer
         allowed = min(tokenizer.size, model.config.vocab_size)
-        self.sampler, grading_sampler = samplers(
-            model, config, mesh, stop_ids=tokenizer.stop_ids, allowed=allowed
+        self.grader = make_grader(None, tokenizer, config)
+        self.sampler, self.grader.sampler = samplers(
+            model,
+            config,
+            mesh,
+            stop_ids=tokenizer.stop_ids,
+            allowed=allowed,
+            trunk=self.grader.question.trunk,
         )
-        self.grader = make_grader(grading_sampler, tokenizer, config)
+
+    def ready(self, params: Any) -> Weights:
+        """The weights as both roles take them: moved to the layout of rollouts, and there."""
+        return jax.block_until_ready(self.sampler.ready(params))
 
     def rollout(
         self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave

@@ -13,6 +13,7 @@ from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.grading import Judge
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
+from srrl_jax.sampling import Weights
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import SelfRewarder, Task
@@ -54,33 +55,35 @@ def train(config: TrainConfig) -> TrainState:
                 key = jax.random.fold_in(jax.random.key(config.seed), step)
                 return jax.random.split(jax.random.fold_in(key, stream))
 
-            def judge(name: str, key: jax.Array) -> Judge:
+            def policy() -> Weights:
+                """The current weights, in the layout of rollouts."""
+                with session.phase("relayout"):
+                    return rewarder.ready(learner.policy(state.params))
+
+            def judge(name: str, weights: Weights, key: jax.Array) -> Judge:
                 if name == "teacher":
                     return teacher
-                weights = learner.frozen if name == "frozen" else learner.policy(state.params)
-                return rewarder.judge(weights, key)
+                return rewarder.judge(learner.frozen if name == "frozen" else weights, key)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)
+                weights = policy()
                 # 1. The policy answers every prompt with a group of completions.
                 with session.phase("rollout") as on_wave:
-                    groups = rewarder.rollout(
-                        learner.policy(state.params), tasks, config.group_size, rollout_key, on_wave
-                    )
+                    groups = rewarder.rollout(weights, tasks, config.group_size, rollout_key, on_wave)
                 # 2. The same weights (or frozen ones, or a teacher) judge every answer by every criterion.
                 with session.phase("grade") as on_wave:
-                    graded = rewarder.grade(judge(config.grader, grade_key), tasks, groups, on_wave)
+                    graded = rewarder.grade(judge(config.grader, weights, grade_key), tasks, groups, on_wave)
                 longest = config.rollout.max_new_tokens
                 return groups, graded, training_rewards(tasks, groups, graded, config.reward, longest)
 
             def evaluate(step: int) -> tuple[dict, list]:
                 rollout_key, grade_key = keys_of(step, HELD_OUT)
+                weights = policy()
                 with session.phase("eval") as on_wave:
-                    groups = rewarder.rollout(
-                        learner.policy(state.params), held_out, config.eval.samples, rollout_key, on_wave
-                    )
+                    groups = rewarder.rollout(weights, held_out, config.eval.samples, rollout_key, on_wave)
                     graded = {
-                        name: rewarder.grade(judge(name, grade_key), held_out, groups, on_wave)
+                        name: rewarder.grade(judge(name, weights, grade_key), held_out, groups, on_wave)
                         for name in judges_of(config)
                     }
                 samples = sample_rows("eval", held_out, groups, graded.pop("self"), others=graded)

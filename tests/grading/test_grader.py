@@ -59,6 +59,9 @@ class Scripted:
         self.stop_ids = (1, 2)
         self.calls: list[Call] = []
 
+    def ready(self, params):
+        return params
+
     def generate(self, params, prefixes, branches, key, row_ids=None, on_wave=lambda done, total: None):
         text = Letters().decode
         asked = [[text(branch) for branch in row] for row in branches]

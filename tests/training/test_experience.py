@@ -9,7 +9,7 @@ import pytest
 from srrl_jax.grading import Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, Example
-from srrl_jax.sampling import Completion
+from srrl_jax.sampling import Completion, Weights
 from srrl_jax.training import train
 from srrl_jax.training.experience import SelfRewarder, Task
 
@@ -18,6 +18,7 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "c
 
 
 def values_of(params) -> np.ndarray:
+    params = params.params if isinstance(params, Weights) else params
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(params)])
 
 

@@ -198,7 +198,7 @@ KEYS = {
     "rollout.sampling.temperature": Key("0.5", samples),
     "grading.max_new_tokens": Key("3", grades_only),
     "grading.prefix_buckets": Key("[72, 120]", shapes),
-    "grading.criterion_buckets": Key("[13, 16]", shapes),
+    "grading.criterion_buckets": Key("[20]", shapes),
     "grading.criteria_buckets": Key("[6, 8]", shapes),
     "grading.template": Key("{template}", grades_only),
     "grading.rows": Key("[3]", shapes),
@@ -328,9 +328,9 @@ def run(recipe, logs, places, tmp_path_factory):
         waves, batches = set(), []
         sample, split = Sampler._prefill, learner.split_batch
 
-        def spy_sample(self, params, wave, *rest):
+        def spy_sample(self, params, trunk, wave, *rest):
             waves.add((len(wave.indices), wave.prefix, wave.fan_out, wave.branch))
-            return sample(self, params, wave, *rest)
+            return sample(self, params, trunk, wave, *rest)
 
         def spy_split(*args):
             batches.extend(split(*args))
