@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,16 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.registry import _registry as fsspec_registry
+
+# Each program is compiled once in a session: its workers and the processes that tests start inherit this, and
+# JAX reads it when it is imported. Programs of earlier sessions are not seen.
+PROGRAMS = "srrl-test-programs-"
+if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+    _programs = tempfile.TemporaryDirectory(prefix=PROGRAMS)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _programs.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -235,6 +246,69 @@ def oracle_server(chat_server):
 
     chat_server.say = say
     return chat_server
+
+
+def compile_quickly(patch: pytest.MonkeyPatch) -> None:
+    """From now on a program compiles in a fifth of the time, hardly optimized."""
+    quick = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    from jax._src import compiler
+
+    full = compiler.get_compile_options
+
+    def options(*args, env_options_overrides=None, **kwargs):
+        return full(*args, env_options_overrides=quick | (env_options_overrides or {}), **kwargs)
+
+    patch.setattr(compiler, "get_compile_options", options)
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    with pytest.MonkeyPatch.context() as patch:
+        compile_quickly(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def quick_child() -> str:
+    """What a process of Python begins with to compile as `quick_compile` does, so with the same cache."""
+    return f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import compile_quickly, pytest
+compile_quickly(pytest.MonkeyPatch())
+"""
+
+
+@pytest.fixture(scope="session")
+def next_logits():
+    """Logits [V] after a sequence, which padding on the right brings to one of few compiled sizes."""
+    import jax
+    import numpy as np
+
+    forward = jax.jit(lambda model, tokens: model(tokens))
+
+    def after(model, tokens: list[int], size: int):
+        padded = np.pad(np.array([tokens]), ((0, 0), (0, size - len(tokens))))
+        return np.asarray(forward(model, padded))[0, len(tokens) - 1]
+
+    return after
+
+
+@pytest.fixture(scope="module")
+def uncached():
+    """JAX's compilation cache cannot read back programs for devices that are not here."""
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # it looks once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 @pytest.fixture(scope="session")

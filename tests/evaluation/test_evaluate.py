@@ -15,6 +15,7 @@ from srrl_jax.grading import Verdict
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import oracle, oracle_score
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 HARD = WORLD / "hard.jsonl"
 

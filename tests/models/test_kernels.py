@@ -155,7 +155,7 @@ def test_what_cannot_run_is_refused(monkeypatch, platform, kernel, message):
 
 
 @pytest.fixture
-def v5e(monkeypatch):
+def v5e(uncached, monkeypatch):
     """Four TPU v5e chips to compile for: the extra `aot` (libtpu). CI must have it."""
     if os.environ.get("CI") != "true" and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the extra `aot` (libtpu)")

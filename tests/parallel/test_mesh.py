@@ -99,7 +99,9 @@ def eight(shared_data):
     """Numbers of eight_devices.py."""
     script = Path(__file__).with_name("eight_devices.py")
     flags = "--xla_force_host_platform_device_count=8"
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles sooner
+    # Compiles sooner.
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags += " --xla_cpu_use_fusion_emitters=false"
     result = subprocess.run(
         [sys.executable, script, shared_data / "tiny-qwen3-tied"],
         env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}", "JAX_PLATFORMS": "cpu"},

@@ -4,7 +4,6 @@ import importlib.util
 import os
 from pathlib import Path
 
-import jax
 import pytest
 
 from srrl_jax.planning.chips import Topology
@@ -50,11 +49,3 @@ def setup(planned, v6e) -> Setup:
     """Of the small recipe on four chips, fsdp 2 x tensor 2."""
     config = planned()
     return Setup.of(config, model_config(config.model), v6e.devices())
-
-
-@pytest.fixture(scope="session")
-def uncached():
-    """JAX's compilation cache cannot read back programs for devices that are not here."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)

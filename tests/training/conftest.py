@@ -4,10 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.telemetry import read_jsonl
@@ -69,28 +67,6 @@ def asked_to_think(tmp_path_factory) -> Path:
     fields["chat_template"] += "{%- if enable_thinking -%}.{%- endif -%}"
     path.write_text(json.dumps(fields))
     return directory
-
-
-@pytest.fixture(scope="session")
-def program_cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def quick_compile(program_cache):
-    """Less optimized programs, each compiled once: every `train` jits its update anew."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(program_cache), None),
-        "jax_persistent_cache_min_compile_time_secs": (0, 1.0),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from srrl_jax.training.checkpoint import Checkpoints
 pytestmark = pytest.mark.slow
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
-KILLS = 20
 # Longest delay after a part has begun; each takes about as long, on one slow core.
 PARTS = {
     "rollout": 0.3,
@@ -28,17 +26,17 @@ PARTS = {
     "write": 0.02,
     "checkpoint": 0.5,
 }
+# In which parts the kills are: each part twice, and six more; five kills a test, on one run or several.
+_chance = random.Random(5)
+PLAN = [*PARTS, *PARTS, *_chance.choices(list(PARTS), k=6)]
+_chance.shuffle(PLAN)
 
 # Trains, and says which part begins.
 CHILD = """
 import contextlib, sys
-import jax
 from srrl_jax.telemetry import RunLog
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.session import Session
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 phase, write = Session.phase, RunLog.write
 @contextlib.contextmanager
 def told_phase(self, name):
@@ -53,16 +51,17 @@ train(TrainConfig.load(sys.argv[1]))
 """
 
 
-@pytest.fixture
-def start(recipe, program_cache, tmp_path):
+@pytest.fixture(scope="module")
+def start(recipe, quick_child, tmp_path_factory):
     """Starts or resumes a run in a process: (run_dir) -> Popen, with parts on stdout."""
     rows = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:5]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))  # an epoch ends in every third step
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "rows.jsonl").write_text("".join(rows))  # an epoch ends in every third step
 
     def run(run_dir: Path) -> subprocess.Popen:
         config = recipe(
             run_dir,
-            f"data.train={tmp_path / 'rows.jsonl'}",
+            f"data.train={folder / 'rows.jsonl'}",
             f"data.eval={WORLD / 'hard.jsonl'}",
             "steps=10",
             "eval.rows=2",
@@ -72,10 +71,10 @@ def start(recipe, program_cache, tmp_path):
             "optimizer.learning_rate=0.001",
             "kl_coef=0.1",
         )
-        path = tmp_path / f"{run_dir.name}.yaml"
+        path = folder / f"{run_dir.name}.yaml"
         path.write_text(yaml.safe_dump(config.to_dict()))
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(path), str(program_cache)],
+            [sys.executable, "-c", quick_child + CHILD, str(path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -100,36 +99,45 @@ def kill_in(process: subprocess.Popen, part: str, nth: int, delay: float) -> boo
         process.communicate()
 
 
-def test_twenty_kills(start, recipe, tmp_path):
-    whole = tmp_path / "whole"
-    _, error = (process := start(whole)).communicate()
-    assert process.returncode == 0, error
-    expected = [(whole / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
-    assert {row["data/epoch"] for row in read_jsonl(whole / "metrics.jsonl")[1:]} >= {2.0, 2.4}
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """The directory of the run that was never killed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "whole"
+    finish(start(run_dir))
+    assert {row["data/epoch"] for row in read_jsonl(run_dir / "metrics.jsonl")[1:]} >= {2.0, 2.4}
+    return run_dir
 
-    chance, killed, finished = random.Random(5), Counter(), 0
-    plan = [*PARTS, *PARTS, *chance.choices(list(PARTS), k=KILLS - 2 * len(PARTS))]
-    chance.shuffle(plan)
-    end = time.monotonic() + 480
+
+def finish(process: subprocess.Popen) -> None:
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
+@pytest.mark.parametrize("first", range(0, len(PLAN), 5))
+def test_kills(start, whole, recipe, tmp_path, first):
+    plan, chance, finished = PLAN[first : first + 5], random.Random(first), 0
+    end = time.monotonic() + 900
     while plan:
         run_dir = tmp_path / f"killed{finished}"
-        while plan and time.monotonic() < end:
+        while plan:
+            assert time.monotonic() < end, f"{len(plan)} kills are left"
             part = plan[-1]
             if not kill_in(start(run_dir), part, chance.randint(1, 3), chance.uniform(0, PARTS[part])):
                 break
-            killed[plan.pop()] += 1
+            plan.pop()
         else:
-            _, error = (process := start(run_dir)).communicate()
-            assert process.returncode == 0, error
-        assert time.monotonic() < end, f"only {killed} kills in the time"
-        found = [(run_dir / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
-        assert found == expected
+            finish(start(run_dir))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
         assert {path.name for path in (run_dir / "tokens").iterdir()} == {
             path.name for path in (whole / "tokens").iterdir()
         }
         assert_same_weights(whole, run_dir, recipe)
         finished += 1
-    assert killed.total() == KILLS and set(killed) == set(PARTS)
+
+
+def test_the_plan_kills_twenty_times_and_in_every_part():
+    assert len(PLAN) == 20 and set(PLAN) == set(PARTS)
 
 
 def assert_same_weights(one: Path, other: Path, recipe) -> None:

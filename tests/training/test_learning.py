@@ -56,13 +56,13 @@ def learnt(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("learning") / "run"
     process = start(run_dir)
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 900
     while not (metrics.exists() and len(read_jsonl(metrics)) > STEPS // 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert start(run_dir).wait(600) == 0
+    assert start(run_dir).wait(900) == 0
     return run_dir
 
 
@@ -82,7 +82,7 @@ def test_the_policy_that_samples_is_the_one_that_learns(learnt):
 
 def test_a_larger_coefficient_holds_the_policy_closer_to_its_start(learnt, tmp_path):
     held = tmp_path / "held"
-    assert start(held, "kl_coef=1.0", "data.eval=null").wait(600) == 0
+    assert start(held, "kl_coef=1.0", "data.eval=null").wait(900) == 0
 
     def kl(run_dir):
         return np.mean(

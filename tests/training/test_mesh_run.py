@@ -14,11 +14,9 @@ pytestmark = pytest.mark.slow
 
 CHILD = """
 import json, sys, tempfile
-import jax
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, train
-jax.config.update("jax_disable_most_optimizations", True)
 seen = []
 for overrides in json.loads(sys.argv[2]):
     run_dir = sys.argv[3] if sys.argv[4] == "resume" else tempfile.mkdtemp(dir=sys.argv[3])
@@ -31,22 +29,30 @@ print("RESULT" + json.dumps(seen))
 """
 
 
-def on_devices(count: int, config, runs: list[list[str]], folder, where: str = "anew"):
-    """What each run logs, or why it was refused; in a directory of its own, or in `folder` itself."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict()))
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), json.dumps(runs), str(folder), where],
-        env=os.environ
-        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.rpartition("RESULT")[2])
+@pytest.fixture
+def on_devices(quick_child):
+    """Runs on so many devices: what each logs, or why it was refused.
+
+    In a directory of its own, or (`where` is "resume") in `folder` itself.
+    """
+
+    def run(count: int, config, runs: list[list[str]], folder, where: str = "anew"):
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(config.to_dict()))
+        result = subprocess.run(
+            [sys.executable, "-c", quick_child + CHILD, str(path), json.dumps(runs), str(folder), where],
+            env=os.environ
+            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.rpartition("RESULT")[2])
+
+    return run
 
 
-def test_every_mesh_gives_the_same_first_step(recipe, tmp_path):
+def test_every_mesh_gives_the_same_first_step(recipe, on_devices, tmp_path):
     config = recipe(
         tmp_path, "steps=1", "prompts_per_step=4", "optimizer.microbatch=4", "optimizer.warmup_steps=0"
     )
@@ -64,7 +70,7 @@ def test_every_mesh_gives_the_same_first_step(recipe, tmp_path):
         assert metrics["logprob_diff/max"] < 1e-4
 
 
-def test_a_run_of_eight_devices_goes_on_with_four(recipe, tmp_path):
+def test_a_run_of_eight_devices_goes_on_with_four(recipe, on_devices, tmp_path):
     config = recipe(
         tmp_path,
         "prompts_per_step=8",

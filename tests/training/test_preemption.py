@@ -13,7 +13,9 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import loop, train
 from srrl_jax.training.preemption import EXIT_CODE, Preempted, Preemption
 
-EVAL = (
+RECIPE = (
+    "steps=4",
+    "checkpoint.every=4",
     f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
     "eval.rows=2",
     "eval.every=2",
@@ -56,16 +58,20 @@ print("came to its end")
     assert time.monotonic() - start < 60
 
 
+@pytest.fixture(scope="module")
+def whole(recipe, quick_compile, tmp_path_factory) -> Path:
+    """The run directory of four steps without a signal."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(recipe(run_dir, *RECIPE))
+    return run_dir
+
+
 @pytest.mark.parametrize(("step", "saved"), [(1, None), (3, 2)])
 def test_a_preempted_run_saves_what_is_done_and_goes_on_to_the_same_end(
-    recipe, quick_compile, tmp_path, monkeypatch, step, saved
+    recipe, whole, tmp_path, monkeypatch, step, saved
 ):
     """SIGTERM in the rollout of `step`, when the last periodical checkpoint is none or of step 1."""
-    config = recipe(tmp_path / "whole", *EVAL, "steps=4", "checkpoint.every=4")
-    train(config)
-    config = recipe(
-        tmp_path / "cut", *EVAL, "steps=4", "checkpoint.every=4", "checkpoint.preemption_seconds=60"
-    )
+    config = recipe(tmp_path / "cut", *RECIPE, "checkpoint.preemption_seconds=60")
     asked, rows = [], loop.step_rows
 
     def preempt(*args):
@@ -84,4 +90,4 @@ def test_a_preempted_run_saves_what_is_done_and_goes_on_to_the_same_end(
     assert (event["event"], event["step"]) == ("preempted", saved or 0)
     train(config)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()

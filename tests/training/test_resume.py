@@ -57,19 +57,15 @@ def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupte
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, uninterrupted, program_cache, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, uninterrupted, quick_child, tmp_path):
     """SIGKILL in step 4, when the log already has step 3 and the last checkpoint is of step 2."""
     config = recipe(tmp_path, *RECIPE, "steps=4")
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(config.to_dict()))
     child = """
 import sys, time
-import jax
 from srrl_jax.telemetry import RunLog
 from srrl_jax.training import TrainConfig, train
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 write = RunLog.write
 def slow(self, step, *rest):
     write(self, step, *rest)
@@ -78,7 +74,7 @@ RunLog.write = slow
 train(TrainConfig.load(sys.argv[1]))
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", child, str(recipe_file), str(program_cache)],
+        [sys.executable, "-c", quick_child + child, str(recipe_file)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
