@@ -143,19 +143,21 @@ def test_grpo(objective):
     np.testing.assert_array_equal(to_old, 0)
 
 
+@jax.jit
+@jax.value_and_grad
+def gspo_and_gradient(logprobs, old, mask, advantages, low, high):
+    ratios = sequence_log_ratios(log_ratios(logprobs, old), mask)
+    per_token = grpo_loss(ratios, advantages, low, high)[0]
+    return weighted_sum(per_token, token_weights(mask, "sequence"))
+
+
 @quick
 @given(objectives(), st.data())
 def test_gspo(objective, data):
     """The sequence ratio and weights give GSPO's loss and gradient, written from its equations 5 and 7."""
     logprobs, old, advantages, (low, high, _) = objective
     mask = data.draw(arrays(bool, logprobs.shape))
-
-    def loss(x):
-        ratios = sequence_log_ratios(log_ratios(x, old), mask)
-        per_token = grpo_loss(ratios, advantages, low, high)[0]
-        return weighted_sum(per_token, token_weights(mask, "sequence"))
-
-    value, gradient = jax.jit(jax.value_and_grad(loss))(logprobs)
+    value, gradient = gspo_and_gradient(logprobs, old, mask, advantages, low, high)
     total, slopes, sequences = 0.0, np.zeros(logprobs.shape), max(mask.any(-1).sum(), 1)
     difference = np.float64(logprobs - old)
     near = False
@@ -171,14 +173,20 @@ def test_gspo(objective, data):
         np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
 
 
+@jax.jit
+def importance_and_gradients(old, sampler, cap):
+    weights, back = jax.vjp(lambda x, y: importance_weights(x, y, cap), old, sampler)
+    return weights, back(jnp.ones_like(weights))
+
+
 @quick
 @given(objectives(largest=2000.0) | objectives(), st.sampled_from([0.5, 2.0, 1e9]))
 def test_importance_weights(objective, cap):
     old, sampler, _, _ = objective
-    weights = jax.jit(importance_weights)(old, sampler, cap)
+    weights, gradients = importance_and_gradients(old, sampler, cap)
     expected = np.minimum(np.exp(np.clip(np.float64(old - sampler), -LIMIT, LIMIT)), cap)
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
-    assert not jax.grad(lambda x, y: importance_weights(x, y, cap).sum())(old, sampler).any()
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_overlong_penalty_by_hand():
@@ -281,6 +289,7 @@ def test_gradients_by_finite_differences(estimator):
     advantages = random.standard_normal((2, 2))
     weights = token_weights(random.random(old.shape) < 0.7)
 
+    @jax.jit
     def objective(x):
         per_token = grpo_loss(log_ratios(x, old), advantages)[0] + 0.1 * kl_penalty(x, reference, estimator)
         return weighted_sum(per_token, weights)
@@ -292,6 +301,13 @@ def test_gradients_by_finite_differences(estimator):
         for index in np.ndindex(x.shape):
             up, down = objective(x.at[index].add(1e-5)), objective(x.at[index].add(-1e-5))
             np.testing.assert_allclose(gradient[index], (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+@partial(jax.jit, static_argnums=2)
+def weigh(values, mask, how):
+    """The weights, the weighted sum and its gradient."""
+    weights = token_weights(mask, how, 7)
+    return weights, *jax.value_and_grad(weighted_sum)(values, weights)
 
 
 @quick
@@ -312,10 +328,9 @@ def test_token_weights(data, how):
         expected = np.mean([row.mean() for row in chosen])
     else:
         expected = np.sum([row.sum() / 7 for row in chosen]) / len(chosen)
-    weights = token_weights(mask, how, 7)
+    weights, total, gradient = weigh(values, mask, how)
     assert weights.dtype == jnp.float32
-    np.testing.assert_allclose(weighted_sum(values, weights), expected, rtol=1e-5, atol=1e-4)
-    gradient = jax.grad(lambda x: weighted_sum(x, weights))(jnp.asarray(values))
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(gradient, weights)
 
 

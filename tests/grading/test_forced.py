@@ -58,14 +58,14 @@ def items() -> list[GradingItem]:
 KEY = jax.random.key(4)
 
 
-def test_logits_are_those_of_the_whole_sequence(grader, model, params, items):
+def test_logits_are_those_of_the_whole_sequence(grader, model, params, items, next_logits):
     judge = grader(verdict="logits")
     verdicts = judge.grade(params, items, KEY)
     assert [len(row) for row in verdicts] == [len(item.criteria) for item in items]
     for item, row in zip(items[:2], verdicts, strict=False):
         prefix, branches = judge.encode(item)
         for branch, verdict in list(zip(branches, row, strict=True))[:3]:
-            logits = model(np.array([prefix + branch]))[0, -1]
+            logits = next_logits(model, prefix + branch, 140)
             true, false = (float(logits[i]) for i in judge.question.candidates)
             assert verdict.probability == pytest.approx(1 / (1 + np.exp(false - true)), abs=1e-5)
             assert verdict.met == (true > false)

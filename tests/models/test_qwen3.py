@@ -102,14 +102,17 @@ def test_tree_equals_flat(tiny, relative_error, fields):
     positions = prefix_lengths[:, None, None] + np.broadcast_to(np.arange(depth), (2, 2, depth))
     branch_mask = np.arange(depth) < branch_lengths[..., None]
     context = [Segment(k, v, prefix_mask[:, None, None])]
+    flat = np.zeros((2, 2, width + depth), int)
+    for n, b in np.ndindex(2, 2):
+        p = prefix_lengths[n]
+        flat[n, b, :p], flat[n, b, p : p + depth] = prefixes[n, :p], branches[n, b]
+    expected = model(flat.reshape(4, -1)).reshape(2, 2, width + depth, -1)
     for remat in ("none", "full", "dots"):
         hidden, _ = model.extend(branches, positions, branch_mask, context, remat=remat)
         logits = model.logits(hidden)
-        for n in range(2):
-            for b in range(2):
-                p, length = prefix_lengths[n], branch_lengths[n, b]
-                flat = np.concatenate([prefixes[n, :p], branches[n, b, :length]])
-                assert relative_error(logits[n, b, :length], model(flat[None])[0, p:]) < 1e-5
+        for n, b in np.ndindex(2, 2):
+            p, length = prefix_lengths[n], branch_lengths[n, b]
+            assert relative_error(logits[n, b, :length], expected[n, b, p : p + length]) < 1e-5
 
 
 @pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])

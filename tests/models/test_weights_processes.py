@@ -37,7 +37,7 @@ def test_each_process_reads_its_own_and_saves_what_one_device_saves(tiny, tmp_pa
         for process in range(processes)
     ]
     try:
-        results = [process.communicate(timeout=240) for process in running]
+        results = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

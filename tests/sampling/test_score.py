@@ -13,7 +13,7 @@ def sampler(model):
     return Sampler(model, Buckets((12,), (3,), (6,), (3,)), new_tokens=1, stop_ids=(1,))
 
 
-def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, draw_rows):
+def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, draw_rows, next_logits):
     prefixes, branches = draw_rows([7, 4, 10, 5, 8], [[3, 0, 5], [1, 4], [5], [0, 0, 0], [2, 3, 1]])
     told = []
     scores = score(sampler, params, prefixes, branches, [3, 41], lambda *wave: told.append(wave))
@@ -24,7 +24,7 @@ def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, 
     for prefix, row, logprobs in zip(prefixes, branches, scores, strict=True):
         assert logprobs.shape == (len(row), 2) and logprobs.dtype == np.float32
         for branch, pair in zip(row, logprobs, strict=True):
-            logits = np.asarray(model(np.array([prefix + branch])))[0, -1]
+            logits = next_logits(model, prefix + branch, 18)
             expected = logits - np.log(np.exp(logits).sum())
             np.testing.assert_allclose(pair, expected[[3, 41]], rtol=0, atol=1e-5)
 
