@@ -202,8 +202,10 @@ def test_rope_scaling(tiny, write, metadata, parameters):
 
 
 @pytest.mark.parametrize(
-    "name", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
-)
+    "name",
+    ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+     "IQ4_NL", "IQ4_XS"],
+)  # fmt: skip
 def test_a_box_of_any_quantization(tiny, write, name):
     """Rows and columns out of a tensor are those of the whole, as the gguf package has it."""
     kind = gguf.GGMLQuantizationType[name]

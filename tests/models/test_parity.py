@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models import Qwen3, Qwen3Config, moe
 from srrl_jax.models.names import tensor_names
 
 GOLDEN = Path(__file__).with_name("golden_parity.npz")
@@ -325,33 +325,64 @@ def test_bfloat16(torch, fields):
     assert divergence() > 0.015
 
 
-def test_bfloat16_of_experts(torch):
-    """KL of next-token distributions, both networks in bfloat16, where rounding does not choose the experts.
+def test_bfloat16_of_experts(torch, monkeypatch):
+    """KL of next-token distributions of all tokens, both networks in bfloat16 and by the same experts.
 
     Where a token's last chosen expert and the first not chosen lie closer than bfloat16's error, either
-    choice is right, and then the outputs differ by whole experts. So the float32 network picks the tokens
-    to compare: those before the first such near tie of their sequence.
+    choice is right, and then the outputs differ by whole experts. So theirs follows our choices, and where
+    it would have chosen others, the two must lie so close.
     """
-    fields = {**BASE, **MOE, "norm_topk_prob": True, "hidden_size": 64, "num_experts": 4}
-    tokens = draw_tokens(fields, shape=(64, 8))
+    fields = {**BASE, **MOE, "norm_topk_prob": True, "hidden_size": 64, "num_experts": 8}
+    tokens = draw_tokens(fields, shape=(16, 32))
     model = random_model(fields, dtype=jnp.bfloat16)
     theirs = transformers_model(fields, model)
-    expected = jax.nn.log_softmax(their_logits(theirs, tokens))
-    with torch.no_grad():
-        routers = theirs.float()(torch.from_numpy(tokens), output_router_logits=True).router_logits
-    ranked = np.sort(np.stack([x.numpy().reshape(*tokens.shape, -1) for x in routers]))
-    margin = (ranked[..., -2] - ranked[..., -3]).min(0)  # two experts a token
-    decided = np.minimum.accumulate(margin, axis=1) > 0.08
-    assert decided.sum() > 64
+    ours, margins, mix = [], [], moe._on_the_mesh
 
+    def told(x, weights, chosen, *matrices):
+        jax.debug.callback(lambda c: ours.append(np.array(c).reshape(-1, c.shape[-1])), chosen, ordered=True)
+        return mix(x, weights, chosen, *matrices)
+
+    def follow(router, _, output):
+        logits, _, choice = output
+        mine = torch.from_numpy(ours.pop(0)).long()
+        scores = torch.softmax(logits.float(), -1).gather(1, mine)
+        ranked = logits.float().sort(-1, descending=True).values
+        other = (choice.sort(-1).values != mine.sort(-1).values).any(-1)
+        margins.append((ranked[:, 1] - ranked[:, 2])[other])  # two experts a token
+        return logits, (scores / scores.sum(-1, keepdim=True)).to(logits.dtype), mine
+
+    monkeypatch.setattr(moe, "_on_the_mesh", told)
+    for layer in theirs.model.layers:
+        layer.mlp.gate.register_forward_hook(follow)
     forward = jax.jit(lambda model: jax.nn.log_softmax(model(tokens)))
 
     def divergence():
-        return (jnp.exp(expected) * (expected - forward(model))).sum(-1)[decided].max()
+        actual = forward(model)
+        jax.effects_barrier()
+        expected = jax.nn.log_softmax(their_logits(theirs, tokens))
+        assert not ours
+        return (jnp.exp(expected) * (expected - actual)).sum(-1).max()
 
     assert divergence() < 0.015
+    close = torch.cat(margins)
+    assert len(close) < 0.05 * 3 * tokens.size and close.max() < 0.1, (len(close), close.max())
     model.moe_layers.mlp.experts.up_proj.weight[...] *= 1.2
     assert divergence() > 0.015
+
+
+def test_the_load_balancing_loss_is_that_of_transformers(torch):
+    fields = {**BASE, **MOE, "mlp_only_layers": [1]}
+    model, tokens = random_model(fields), draw_tokens(fields)
+    mask = np.arange(tokens.shape[1]) < np.array([[12], [7]])
+    theirs = transformers_model(fields, model)
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask.astype(int)),
+            output_router_logits=True,
+        ).aux_loss  # fmt: skip
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)[:, None]
+    *_, load = model.extend(tokens[:, None], positions, mask[:, None], return_load=True)
+    assert float(load.imbalance()) == pytest.approx(float(expected), rel=1e-5) and expected > 2.01
 
 
 @pytest.mark.parametrize(
