@@ -189,6 +189,20 @@ def test_importance_weights(objective, cap):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@quick
+@given(arrays(np.int32, shapes, elements=st.integers(0, 50)), st.integers(0, 50))
+def test_overlong_penalty(lengths, buffer):
+    """DAPO's equation 13, negated: longest 50, and a buffer of which the last tokens are."""
+
+    def penalty(length):
+        if length <= 50 - buffer:
+            return 0.0
+        return (length - (50 - buffer)) / buffer
+
+    expected = np.vectorize(penalty, otypes=[float])(lengths)
+    np.testing.assert_allclose(overlong_penalty(lengths, 50, buffer), expected, rtol=1e-6)
+
+
 def test_overlong_penalty_by_hand():
     lengths = np.array([[0, 80], [90, 100]])
     np.testing.assert_allclose(overlong_penalty(lengths, 100, 20), [[0, 0], [0.5, 1]])

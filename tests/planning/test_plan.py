@@ -14,8 +14,8 @@ from srrl_jax.errors import InputError
 from srrl_jax.planning import plan as planning
 from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import GIB, Topology
-from srrl_jax.planning.plan import Assumptions, make_plan
-from srrl_jax.planning.programs import Compiled
+from srrl_jax.planning.plan import Assumptions, make_plan, model_config
+from srrl_jax.planning.programs import Compiled, Setup
 from srrl_jax.planning.table import render
 
 MEANS = Assumptions(completion=32, verdict=10)
@@ -84,6 +84,23 @@ def test_a_plan_that_does_not_fit_says_what_would_help(stand_in, planned, gib, w
     assert not plan.fits
     line = next(line for line in text.splitlines() if line.startswith("update/update does not fit"))
     assert words in line and "bf16[7,9]" in line and "optimizer.microbatch" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [
+        ((), {"rollout", "grade", "logprob", "update"}),
+        (("reference=host",), {"grade", "logprob"}),
+        (("reference=host", "eval.frozen=false"), {"logprob"}),
+        (("kl_coef=0", "eval.frozen=false"), set()),
+    ],
+)
+def test_the_reference_counts_while_it_is_on_the_devices(planned, overrides, groups):
+    config = planned("mesh.fsdp=1", "mesh.tensor=1", *overrides)
+    setup = Setup.of(config, model_config(config.model), jax.devices()[:1])
+    held = {name: setup.beside(name) for name in ("rollout", "grade", "logprob", "update")}
+    assert {name for name, weights in held.items() if weights} == groups
+    assert all(weights == (setup.params,) for weights in held.values() if weights)
 
 
 def test_a_program_is_compiled_once(stand_in, planned, tmp_path):

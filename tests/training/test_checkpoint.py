@@ -41,6 +41,20 @@ def test_the_newest_and_the_best_stay_over_a_restart(tmp_path):
     assert steps(tmp_path) == ["7"]
 
 
+def test_a_checkpoint_is_written_behind_the_back_of_the_run(tmp_path):
+    """`save` returns before it is complete, and the arrays may then go."""
+    large = {"w": jnp.asarray(np.random.default_rng(0).random(2**24, np.float32))}  # 64 MB
+    expected = np.asarray(large["w"]).copy()
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(Position(1, 7, 2), TrainState(large, {}), {})
+        assert "1" not in steps(tmp_path)
+        large["w"].delete()
+        checkpoints.wait()
+        assert steps(tmp_path) == ["1"]
+        _, found = checkpoints.restore(1, TrainState({"w": jnp.zeros(2**24)}, {}))
+    np.testing.assert_array_equal(found.params["w"], expected)
+
+
 def flip(files: list[Path]) -> None:
     """One bit, in the midst of the arrays; no reader notices by itself."""
     largest = max(files, key=lambda file: file.stat().st_size)

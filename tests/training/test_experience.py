@@ -1,5 +1,6 @@
 """Who judges in a run, and what the judge is shown."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 from srrl_jax.grading import Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.models.weights import abstract, read_config
+from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion, Weights
 from srrl_jax.training import train
@@ -51,6 +54,15 @@ def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_f
     assert not same(answers[0], answers[1])  # it learnt
     assert same(grades[0], answers[0])
     assert same(grades[1], answers[1] if grader == "policy" else answers[0])
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(recipe):
+    """Embeddings are padded to round sizes; the sampler's tests show that what is not allowed never comes."""
+    tokenizer = load_tokenizer(CHECKPOINT)
+    wide = dataclasses.replace(read_config(CHECKPOINT), vocab_size=tokenizer.size + 9)
+    with jax.set_mesh(mesh := make_mesh()):
+        rewarder = SelfRewarder(abstract(wide), tokenizer, recipe("unused"), mesh)
+    assert rewarder.sampler.allowed == rewarder.grader.sampler.allowed == tokenizer.size
 
 
 class Told:

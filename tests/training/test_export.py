@@ -49,11 +49,14 @@ def test_the_newest_step_or_the_one_asked_for(run, tmp_path):
 def test_the_command(run, tmp_path, monkeypatch, capsys):
     run_dir, params = run
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["srrl", "export", str(run_dir), str(out), "--dtype", "bfloat16"])
-    with pytest.raises(SystemExit) as exit:
-        cli.main()
-    assert not exit.value.code and capsys.readouterr().out == f"step 4: {out}\n"
-    assert_holds(out, jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params[4]))
+    for step, options in ((4, []), (2, ["--step", "2"])):
+        command = ["srrl", "export", str(run_dir), str(out / str(step)), "--dtype", "bfloat16", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert not exit.value.code and capsys.readouterr().out == f"step {step}: {out / str(step)}\n"
+        rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params[step])
+        assert_holds(out / str(step), rounded)
 
 
 def test_what_is_refused(run, tmp_path, recipe):

@@ -4,9 +4,9 @@ import pytest
 from srrl_jax.grading import Verdict
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
-from srrl_jax.training.config import RewardConfig
+from srrl_jax.training.config import LossConfig, RewardConfig
 from srrl_jax.training.experience import Graded, Task
-from srrl_jax.training.rewards import training_rewards, without_variance
+from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
 
 RUBRIC = (
     Criterion("right", 6, ("axis:accuracy", "level:example")),
@@ -65,3 +65,14 @@ def test_only_negative_criteria_vary():
 def test_without_variance():
     table = np.array([[0.5, 0.5, np.nan], [0.1, 0.2, 0.2], [0.3, np.nan, np.nan], [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(without_variance(table), [True, False, True, True])
+
+
+@pytest.mark.parametrize(("zero_variance", "counts"), [("keep", [True, True]), ("drop", [False, True])])
+def test_groups_without_variance_count_only_where_kept(zero_variance, counts):
+    """They have no advantage either way; dropped, they are not in the denominator of the loss."""
+    table = np.array([[0.5, 0.5, 0.5], [0.1, np.nan, 0.3]], np.float32)
+    advantages, scored = relative_rewards(
+        table, LossConfig(advantage="mean"), RewardConfig(zero_variance=zero_variance)
+    )
+    np.testing.assert_allclose(advantages, [[0, 0, 0], [-0.1, 0, 0.1]], atol=1e-6)
+    np.testing.assert_array_equal(scored, [[counts[0]] * 3, [True, False, True]])

@@ -25,6 +25,7 @@ def begun(recipe, tmp_path):
         ("checkpoint.preemption_seconds=5", "checkpoint.preemption_seconds was 25.0, now 5.0"),
         ("mesh.fsdp=1", "mesh.fsdp was -1, now 1"),
         ("profile=[2]", "profile was [], now [2]"),
+        ("reference=host", "reference was 'device', now 'host'"),
     ],
 )
 def test_harmless_changes_are_accepted_and_told(recipe, begun, override, change):

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,9 @@ def learn(tiny, recipe):
             )
         (part,) = split_batch(batch, 1, microbatch)
         copy = jax.tree.map(jnp.copy, params)
-        new, _, metrics = updates[overrides, optimizer](copy, optimizer.init(copy), part)
+        state = optimizer.init(copy)
+        new, _, metrics = updates[overrides, optimizer](copy, state, part)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((copy, state)))  # they were donated
         change = jax.tree.map(lambda a, b: np.asarray(a - b), new, params)
         return change, {name: float(value) for name, value in metrics.items()}
 
@@ -145,6 +148,71 @@ def test_kl_adds_its_coefficient_times_the_mean_to_the_loss(batch, learn, tiny):
 
     _, at_start = learn(batch._replace(reference_logprobs=batch.logprobs), "kl_coef=0.25")
     assert abs(at_start["kl"]) < 1e-6
+
+
+def the_loss(recipe, logprobs, entropy, batch) -> float:
+    """By NumPy in float64, from the formula at the head of the room's README."""
+    c, mask = recipe.loss, np.asarray(batch.mask)
+    logprobs, entropy, sampler, old, reference, advantages = (
+        np.asarray(x, np.float64)
+        for x in (logprobs, entropy, batch.logprobs, batch.old_logprobs, batch.reference_logprobs,
+                  batch.advantages[..., None])
+    )  # fmt: skip
+    lengths = mask.sum(-1, keepdims=True)
+    difference = logprobs - old
+    if c.ratio == "sequence":
+        difference = np.where(mask, difference, 0).sum(-1, keepdims=True) / np.maximum(lengths, 1)
+    ratio = np.exp(difference)
+    clipped = np.clip(ratio, 1 - c.clip_low, 1 + c.clip_high)
+    term = -np.minimum(ratio * advantages, clipped * advantages)
+    if c.dual_clip is not None:
+        term = np.where(advantages < 0, np.minimum(term, -c.dual_clip * advantages), term)
+    if c.importance_cap is not None:
+        term = term * np.minimum(np.exp(old - sampler), c.importance_cap)
+    d = reference - logprobs
+    k = {"k1": -d, "k2": d**2 / 2, "k3": np.exp(d) - 1 - d}[c.kl_estimator]
+    per_token = term + recipe.kl_coef * k - c.entropy_coef * entropy
+    completions = (lengths > 0).sum()
+    size = {
+        "token": mask.sum(),
+        "sequence": completions * np.maximum(lengths, 1),
+        "constant": completions * recipe.rollout.max_new_tokens,
+    }[c.aggregate]
+    return np.where(mask, per_token / size, 0).sum()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("loss.kl_estimator=k3", "loss.entropy_coef=0.2", "loss.dual_clip=1.4", "loss.aggregate=sequence"),
+        ("loss.kl_estimator=k1", "loss.importance_cap=1.1", "loss.ratio=sequence", "loss.aggregate=constant"),
+        ("loss.kl_estimator=k2", "loss.importance_cap=0.8", "rollout.sampling.temperature=0.7"),
+    ],
+)
+def test_the_loss_of_an_update_is_the_formula(batch, learn, tiny, recipe, overrides):
+    """Off the policy, off the sampler and away from the reference, so that every part weighs."""
+    graphdef, params, _ = tiny
+    random = np.random.default_rng(0)
+    off = [(batch.logprobs + 0.4 * random.standard_normal(batch.logprobs.shape)).astype(np.float32)
+           for _ in range(3)]  # fmt: skip
+    off = batch._replace(logprobs=off[0], old_logprobs=off[1], reference_logprobs=off[2])
+    overrides = ("kl_coef=0.3", *overrides)
+    config = recipe("unused", *overrides)
+    logprobs, entropy = branch_logprobs(
+        nnx.merge(graphdef, params), off.tree, config.rollout.sampling.temperature
+    )
+    _, metrics = learn(off, *overrides, microbatch=2)
+    assert metrics["loss"] == pytest.approx(the_loss(config, logprobs, entropy, off), rel=1e-5)
+    dull = dict(clip_low=0.9, clip_high=9.0, dual_clip=None, importance_cap=None, entropy_coef=0.0)
+    dull = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **dull))
+    assert abs(metrics["loss"] - the_loss(dull, logprobs, entropy, off)) > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(batch, learn):
+    change, metrics = learn(batch._replace(advantages=np.float32(1e30) * batch.advantages))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert metrics["guard/skipped_updates"] == 1
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(change))
 
 
 def test_the_first_update_moves_a_completion_the_way_of_its_advantage(batch, learn, tiny):
