@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from srrl_jax.grading.asking import GradingItem, Question, closing_ids
+from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.sampling import Sampler, score
@@ -130,23 +131,35 @@ class Grader:
         return verdicts
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
-        """Samples replies and reads them."""
+        """Samples replies and reads them; in 8 bits, also measures what these change in some of the first."""
         weights = self.sampler.ready(params)
 
         def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
-            replies = self._samplers[min(attempt, 1)].generate(
+            sampler = self._samplers[min(attempt, 1)]
+            given = [prefixes[i] for i in asked]
+            branches = [
+                [self._branch(items[i], query) for query in row for _ in range(self.votes)]
+                for i, row in asked.items()
+            ]
+            sampled = sampler.generate(
                 weights,
-                [prefixes[i] for i in asked],
-                [[self._branch(items[i], query) for query in row for _ in range(self.votes)]
-                 for i, row in asked.items()],
+                given,
+                branches,
                 jax.random.fold_in(key, attempt),
                 row_ids=list(asked),
                 on_wave=on_wave,
-            )  # fmt: skip
+            )
             opening, decode = self.question.opening, self.tokenizer.decode
-            return [
-                [Reply(opening + decode(r.tokens.tolist()), len(r.tokens)) for r in row] for row in replies
+            replies = [
+                [Reply(opening + decode(r.tokens.tolist()), len(r.tokens)) for r in row] for row in sampled
             ]
+            if sampler.int8_weights and attempt == 0:
+                firsts = [row[0] for row in branches], [row[0] for row in sampled]
+                for row, gap in zip(
+                    replies, reply_gaps(sampler, weights.params, given, *firsts), strict=False
+                ):
+                    row[0] = row[0]._replace(gap=gap)
+            return replies
 
         criteria = [len(item.criteria) for item in items]
         return poll(criteria, rows, ask, tries=self.tries, votes=self.votes, together=self.together)

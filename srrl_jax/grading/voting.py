@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from srrl_jax.grading.gap import Gap
 from srrl_jax.rubrics import parse_explanation, parse_verdict, parse_verdicts
 
 Query = list[int]  # the criteria, by their places in the rubric, that one reply is about
@@ -19,6 +20,7 @@ class Verdict(NamedTuple):
       tokens: sampled in all replies; one about several criteria is shared among them.
       probability: that it is met: the model's own, where replies are not written out, else the share
         of the votes; None where `met` is.
+      gap: what 8 bits changed in the first reply about it, where that was measured.
     """
 
     met: bool | None
@@ -26,13 +28,15 @@ class Verdict(NamedTuple):
     tries: int
     tokens: float
     probability: float | None = None
+    gap: Gap | None = None
 
 
 class Reply(NamedTuple):
-    """A grader's text, with the number of its tokens."""
+    """A grader's text, with the number of its tokens, and what 8 bits changed where that was measured."""
 
     text: str
     tokens: int
+    gap: Gap | None = None
 
 
 Ask = Callable[[int, Mapping[int, Sequence[Query]]], Sequence[Sequence[Reply]]]
@@ -44,15 +48,17 @@ class _Votes:
     def __init__(self) -> None:
         self.read: list[tuple[bool, str]] = []
         self.tries, self.tokens = 0, 0.0
+        self.gap: Gap | None = None
 
     def verdict(self) -> Verdict:
         """The majority's, with its first explanation; a tie is unscorable."""
         counts = Counter(met for met, _ in self.read)
         if counts[True] == counts[False]:
-            return Verdict(None, "", self.tries, self.tokens)
+            return Verdict(None, "", self.tries, self.tokens, gap=self.gap)
         met = counts[True] > counts[False]
         explanation = next(why for vote, why in self.read if vote == met)
-        return Verdict(met, explanation, self.tries, self.tokens, counts[True] / len(self.read))
+        share = counts[True] / len(self.read)
+        return Verdict(met, explanation, self.tries, self.tokens, share, self.gap)
 
 
 def poll(
@@ -76,6 +82,7 @@ def poll(
         for (i, row), replies in zip(asked.items(), ask(attempt, asked), strict=True):
             for place, reply in enumerate(replies):
                 query = row[place // votes]
+                counts[i][query[0]].gap = reply.gap or counts[i][query[0]].gap
                 for c, (met, explanation) in zip(query, _read(reply.text, len(query)), strict=True):
                     counts[i][c].tries = attempt + 1
                     counts[i][c].tokens += reply.tokens / len(query)

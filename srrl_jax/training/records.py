@@ -23,8 +23,9 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
     rewards = rewards[: len(rows) // rewards.shape[1]]  # lessons are the last
     judged = [criterion for row in rows for criterion in row["criteria"]]
     scored = [criterion for criterion in judged if criterion["verdict"] is not None]
+    gaps = [criterion["logprob_diff"] for criterion in judged if "logprob_diff" in criterion]
     known = [row[~np.isnan(row)] for row in rewards]
-    return {
+    metrics = {
         "reward/mean": _mean(rewards[~np.isnan(rewards)]),
         "reward/std": _mean([row.std(ddof=1) for row in known if len(row) > 1]),
         "reward/zero_std_groups": _mean(without_variance(rewards)),
@@ -34,7 +35,13 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
         "grader/met_rate": _mean([criterion["verdict"] for criterion in scored]),
         "grader/met_rate_negative": _mean([c["verdict"] for c in scored if c["points"] < 0]),
         "grader/tokens_per_verdict": _mean([criterion["tokens"] for criterion in judged]),
-    } | ({"lessons/right": _mean(lessons)} if lessons else {})
+    }
+    if gaps:
+        metrics["grader/logprob_diff/mean"] = _mean([gap["mean"] for gap in gaps])
+        metrics["grader/logprob_diff/max"] = max(gap["max"] for gap in gaps)
+    if lessons:
+        metrics["lessons/right"] = _mean(lessons)
+    return metrics
 
 
 def update_metrics(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
@@ -96,6 +103,7 @@ def sample_rows(
                     "tries": verdict.tries,
                     "tokens": verdict.tokens,
                 }
+                | ({"logprob_diff": verdict.gap._asdict()} if verdict.gap else {})
                 | {name: judged[i][j].verdicts[k].met for name, judged in others.items()}
                 for k, (criterion, verdict) in enumerate(zip(task.example.rubrics, g.verdicts, strict=True))
             ],

@@ -57,7 +57,7 @@ class Scripted:
     def __init__(self, script: dict[str, list[str]], room: int = 1000):
         self.script = {name: iter(replies) for name, replies in script.items()}
         self.buckets = Buckets(prefix=(room,), fan_out=(8,))
-        self.stop_ids = (1, 2)
+        self.stop_ids, self.int8_weights = (1, 2), False
         self.calls: list[Call] = []
 
     def ready(self, params):

@@ -95,6 +95,12 @@ def fewer_alike(one: Seen, other: Seen) -> bool:
     return share[1] < share[0]
 
 
+def only_compute(one: Seen, other: Seen) -> bool:
+    """The loss, while the weights stay float32."""
+    assert {x.dtype for seen in (one, other) for x in seen.params} == {np.dtype("float32")}
+    return metric("loss")(one, other)
+
+
 def metric(name: str) -> Callable[[Seen, Seen], bool]:
     return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
 
@@ -103,6 +109,18 @@ def gap(one: Seen, other: Seen) -> bool:
     """Between sampler and trainer at each step's first update: more than rounding, and not much."""
     wide = [max(m["logprob_diff/mean"] for m in seen.metrics) for seen in (one, other)]
     return wide[0] < 1e-6 and 1e-5 < wide[1] < 0.01
+
+
+def graded_in_8_bits(one: Seen, other: Seen) -> bool:
+    """Other verdicts, and their gap is measured in each step: the mean over the samples that name one."""
+    for metrics in other.metrics:
+        found = [c["logprob_diff"] for s in other.samples for c in s["criteria"]
+                 if s["step"] == metrics["step"] and "logprob_diff" in c]  # fmt: skip
+        assert len(found) == 4  # grading.rows
+        assert metrics["grader/logprob_diff/mean"] == pytest.approx(np.mean([gap["mean"] for gap in found]))
+        assert metrics["grader/logprob_diff/max"] == max(gap["max"] for gap in found) > 1e-5
+    assert not any(name.startswith("grader/logprob_diff") for m in one.metrics for name in m)
+    return grades_only(one, other)
 
 
 def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
@@ -187,7 +205,7 @@ KEYS = {
     "group_size": Key("3", per_step(2, 3)),
     "grader": Key("frozen", results, ("optimizer.learning_rate=0.01",)),
     "kl_coef": Key("0.5", learning),
-    "dtype": Key("bfloat16", metric("loss")),
+    "dtype": Key("bfloat16", only_compute),
     "rollout.max_new_tokens": Key("12", samples, ("rollout.completion_buckets=[{max_new_tokens}]",)),
     "rollout.prompt_buckets": Key("[27, 36]", shapes),
     "rollout.completion_buckets": Key("[56, 64]", update_shapes),
@@ -208,7 +226,7 @@ KEYS = {
     "grading.together": Key("true", grades_only, (*LONG, "steps=1")),
     "grading.tries": Key("1", grades_only, SHORT),
     "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
-    "grading.int8": Key("weights_kv", grades_only, HOT),
+    "grading.int8": Key("weights_kv", graded_in_8_bits, HOT),
     "grading.sampling.temperature": Key("3.0", grades_only),
     "grading.sampling.top_k": Key("2", grades_only, HOT),
     "grading.sampling.top_p": Key("0.5", grades_only, HOT),
