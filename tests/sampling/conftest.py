@@ -1,5 +1,7 @@
 """A small random network, and what the naive way says about sequences."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models.config import MoEConfig
 
 CONFIG = Qwen3Config(
     vocab_size=50,
@@ -20,8 +23,17 @@ CONFIG = Qwen3Config(
 )
 
 
-def random_model(seed: int) -> Qwen3:
-    model = Qwen3(CONFIG, rngs=nnx.Rngs(0))
+# Dense layers among those with experts.
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    num_hidden_layers=4,
+    model_type="qwen3_moe",
+    moe=MoEConfig(5, 2, 12, norm_topk_prob=True, mlp_only_layers=(1, 2)),
+)
+
+
+def random_model(seed: int, config: Qwen3Config = CONFIG) -> Qwen3:
+    model = Qwen3(config, rngs=nnx.Rngs(0))
     random = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         shift = 1.0 if "norm" in ".".join(path) else 0.0
@@ -42,6 +54,11 @@ def model() -> Qwen3:
 @pytest.fixture(scope="session")
 def other_model() -> Qwen3:
     return random_model(2)
+
+
+@pytest.fixture(scope="session")
+def experts() -> Qwen3:
+    return random_model(3, EXPERTS)
 
 
 @pytest.fixture(scope="session")
