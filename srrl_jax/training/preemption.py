@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Self
 
@@ -64,6 +65,9 @@ class Preemption:
             if number[0] == signal.SIGTERM:
                 self._asked.set()
                 if not self._over.wait(self._seconds):
-                    self._on_timeout()
+                    try:
+                        self._on_timeout()
+                    except Exception:  # a full disk, a directory that is gone: the time is up all the same
+                        traceback.print_exc()
                     sys.stdout.flush()
                     os._exit(EXIT_CODE)

@@ -36,7 +36,8 @@ def test_check_raises_only_after_the_signal_and_the_handler_is_put_back():
 
 
 def test_without_a_safe_point_the_process_ends_in_time():
-    """The main thread is in a long computation in C, where Python's own handlers do not run."""
+    """The main thread is in a long computation in C, where Python's own handlers do not run; and the log
+    cannot be written."""
     child = """
 import os, signal, sys, threading, time
 import numpy as np
@@ -44,7 +45,10 @@ from srrl_jax.training.preemption import Preemption
 def kill():
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-with Preemption(0.5, lambda: print("no safe point", flush=True)):
+def tell():
+    print("no safe point", flush=True)
+    raise OSError("disk full")
+with Preemption(0.5, tell):
     threading.Thread(target=kill).start()
     np.linalg.svd(np.random.default_rng(0).normal(size=(6000, 6000)))
 print("came to its end")
@@ -55,6 +59,7 @@ print("came to its end")
         [sys.executable, "-c", child], capture_output=True, text=True, timeout=120, env=environment
     )
     assert (process.returncode, process.stdout) == (EXIT_CODE, "no safe point\n")
+    assert "disk full" in process.stderr
     assert time.monotonic() - start < 60
 
 
