@@ -6,8 +6,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
+from srrl_jax.parallel import mesh_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def choose(
     ids = None
     if truncates:
         size = values.shape[-1]
-        values, ids = jax.lax.top_k(values, min(top_k or size, size))
+        values, ids = _top_k(values, min(top_k or size, size))
         probs = jax.nn.softmax(values)
         keep = (jnp.cumsum(probs, -1) - probs < top_p) & (probs >= min_p * probs[..., :1])
         values = jnp.where(keep, values, -jnp.inf)
@@ -94,3 +96,11 @@ def _first_highest(x: jax.Array) -> jax.Array:
     """argmax over the last axis. XLA:CPU takes three times as long for its own, of values with places."""
     place = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1]), x.shape[-1] - 1)
     return place.min(-1)
+
+
+def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, which alone would gather the rows [N, ...] of all devices on each of them."""
+    find = partial(jax.lax.top_k, k=k)
+    if rows := mesh_axes("batch", values.shape[0]):
+        find = jax.shard_map(find, in_specs=P(rows), out_specs=P(rows))
+    return find(values)
