@@ -69,7 +69,7 @@ def _plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")
     ] = None,
-    slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis data.")] = 1,
+    slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis slice.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     cache: Annotated[bool, typer.Option(help="Keep what was compiled, for the next plan.")] = True,
     completion: Annotated[float | None, typer.Option(help="Mean tokens; half of the limit.")] = None,

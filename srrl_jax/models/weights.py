@@ -24,7 +24,7 @@ from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.files import Box, Tensor, local_directory, read_json
 from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
-from srrl_jax.parallel import shardings
+from srrl_jax.parallel import is_main, left_whole, shardings
 
 
 def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
@@ -45,8 +45,9 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
     variables = dict(nnx.to_flat_state(state))
     names = {path: tensor_names(path, config) for path in variables}
     placed = {} if mesh is None else dict(nnx.to_flat_state(shardings(state, mesh)))
-    if mesh is not None:
-        _tell_of_whole_heads(config, mesh)
+    if mesh is not None and is_main():
+        for note in left_whole(state, config.num_key_value_heads, mesh):
+            logging.getLogger(__name__).warning(note)
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors)
@@ -55,17 +56,6 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
         parts = {index: tensors[name] for name, index in names[path].items()}
         loaded.append((path, variable.replace(_parameter(parts, variable.shape, placed.get(path), dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
-
-
-def _tell_of_whole_heads(config: Qwen3Config, mesh) -> None:
-    heads, tensor = config.num_key_value_heads, mesh.shape["tensor"]
-    if heads % tensor:
-        logging.getLogger(__name__).warning(
-            "mesh.tensor (%d) does not divide the %d K/V heads: "
-            "each device of that axis keeps all keys and values",
-            tensor,
-            heads,
-        )
 
 
 def read_config(source: str | Path) -> Qwen3Config:

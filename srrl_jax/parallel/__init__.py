@@ -14,16 +14,19 @@ from srrl_jax.parallel.mesh import (
     shardings,
 )
 from srrl_jax.parallel.processes import end_together, gather, is_main, join, local_rows, to_host
+from srrl_jax.parallel.sizes import check_rows, left_whole
 
 __all__ = [
     "MeshConfig",
     "batch_sharding",
+    "check_rows",
     "constrain",
     "end_together",
     "gather",
     "in_memory",
     "is_main",
     "join",
+    "left_whole",
     "local_rows",
     "make_mesh",
     "mesh_axes",

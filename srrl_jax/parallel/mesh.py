@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 
 # Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary, expert cuts the
-# experts. Activations: rows go over data, fsdp and expert. Over expert too, because all but the experts
-# would else be computed expert times over; rows meet their experts as `expert_rows`.
+# experts. Activations: rows go over all axes but tensor. Over expert too, because all but the experts
+# would else be computed expert times over; rows meet their experts as `expert_rows`. Nothing but rows goes
+# over slice, since the network between slices is slow: sampled tokens cross it, and gradients, once a
+# microbatch.
 Rules = dict[str | None, str | tuple[str, ...] | None]
 RULES: Rules = {
     "layers": None,
@@ -24,8 +27,8 @@ RULES: Rules = {
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
-    "batch": ("data", "fsdp", "expert"),
-    "expert_rows": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "expert_rows": ("slice", "data", "fsdp"),
     None: None,
 }
 # While tokens are sampled each device holds whole what fsdp cuts: a step of decoding is too short to
@@ -35,8 +38,13 @@ ROLLOUT_RULES: Rules = RULES | {"embed": None}
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: whatever the devices leave."""
+    """Sizes of the mesh axes, outermost first; one of them may be -1: whatever the devices leave.
 
+    `slice` counts the parts of the machine whose devices have a fast network among themselves: the slices
+    of a multi-slice TPU; of GPUs nodes, or equal groups of nodes.
+    """
+
+    slice: int = 1
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
@@ -49,10 +57,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
-    """The mesh (data, fsdp, tensor, expert) over `devices` (all by default).
+    """The mesh (slice, data, fsdp, tensor, expert) over `devices` (all by default).
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or `slice` is not how the devices
+        lie.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
@@ -60,10 +69,48 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         raise InputError(
             f"mesh: {sizes} asks for a multiple of {fixed} devices, but there are {len(devices)}; "
-            "set one axis to -1 to take what is left"
+            "set one axis to -1 to take what is left, the others to a product of "
+            f"{listed(divisors(len(devices)))}"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-    return Mesh(np.asarray(devices).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(_by_slice(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _by_slice(devices, shape: list[int]) -> np.ndarray:
+    """`devices` in `shape`, whose first axis is that of slices.
+
+    Raises:
+      InputError: so many slices do not fit the devices.
+    """
+    count, *within = shape
+    if devices[0].platform == "tpu":
+        there = len({getattr(device, "slice_index", 0) for device in devices})
+        if count != there:
+            raise InputError(f"mesh.slice ({count}) must be the number of the TPU's slices, which is {there}")
+        if count > 1:
+            return mesh_utils.create_hybrid_device_mesh(
+                [1, *within], [count] + [1] * len(within), devices, allow_split_physical_axes=True
+            )
+    # JAX lists devices process by process. Its helper asks for one slice a node of GPUs or a process, where
+    # a slice may well be several of them, or on a CPU a part of one.
+    processes = len({device.process_index for device in devices})
+    if max(count, processes) % min(count, processes):
+        raise InputError(
+            f"mesh.slice ({count}) would cut the devices of one of the {processes} processes apart; use "
+            f"{listed(divisors(processes))}, or a multiple of {processes}"
+        )
+    return np.asarray(devices).reshape(shape)
+
+
+def divisors(size: int, most: int | None = None) -> list[int]:
+    """All of them, ascending, up to `most`."""
+    return [n for n in range(1, (most or size) + 1) if size % n == 0]
+
+
+def listed(numbers: list[int]) -> str:
+    """For a message: "1, 2 or 4"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def shardings(variables: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -80,11 +127,10 @@ def shardings(variables: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
         for size, axis in zip(variable.shape, variable.get_metadata()["axes"], strict=True):
             name = rules[axis]
             if axis == "experts" and size % mesh.shape[name]:
-                divisors = [n for n in range(1, size + 1) if size % n == 0]
                 raise InputError(
                     f"mesh.expert ({mesh.shape[name]}) must divide the {size} experts of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')} {variable.shape}; "
-                    f"use one of {', '.join(map(str, divisors))}"
+                    f"use {listed(divisors(size))}"
                 )
             spec.append(name if name and size % mesh.shape[name] == 0 else None)
         return NamedSharding(mesh, P(*spec))
@@ -127,7 +173,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh, row_axis: int = 0) -> NamedSharding:
-    """Of arrays of a batch: their `row_axis` is cut over data, fsdp and expert."""
+    """Of arrays of a batch: their `row_axis` is cut over all axes but tensor."""
     return NamedSharding(mesh, P(*[None] * row_axis, RULES["batch"]))
 
 

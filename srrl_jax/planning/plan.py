@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader
 from srrl_jax.models import Qwen3Config
 from srrl_jax.models.attention import choose_kernel
@@ -139,12 +138,9 @@ def make_plan(
     Raises:
       InputError: mesh or buckets do not go with the topology or the model, or its compiler is missing.
     """
+    if topology.slices > 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
     setup = Setup.of(config, model_config(config.model), topology.devices())
-    if setup.mesh.shape["data"] % topology.slices:
-        raise InputError(
-            f"mesh.data ({setup.mesh.shape['data']}) must be a multiple of the {topology.slices} slices, "
-            "between which only the axis data may run"
-        )
     phases = []
     with jax.set_mesh(setup.mesh):
         for name, group in _groups(config).items():

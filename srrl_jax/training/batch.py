@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch
-from srrl_jax.parallel import row_shards
+from srrl_jax.parallel import check_rows
 from srrl_jax.sampling import Completion
 from srrl_jax.sampling.buckets import fit
 from srrl_jax.training.config import TrainConfig
@@ -65,9 +64,7 @@ def pack_groups(
 
 def check_microbatch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError where the rows of a microbatch cannot be cut over the mesh."""
-    cut = row_shards(mesh)
-    if config.optimizer.microbatch % cut:
-        raise InputError(f"optimizer.microbatch must be a multiple of mesh data x fsdp x expert = {cut}")
+    check_rows({"optimizer.microbatch": (config.optimizer.microbatch,)}, mesh)
 
 
 def split_batch(batch: UpdateBatch, minibatches: int, microbatch: int) -> list[UpdateBatch]:

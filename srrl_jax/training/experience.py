@@ -10,6 +10,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, Judge, Verdict, WeightsJudge, opened_thought
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.parallel import check_rows
 from srrl_jax.rubrics import Example, load_template, parse_verdict, score_response, visible_response
 from srrl_jax.sampling import Buckets, Completion, Sampler, Weights
 from srrl_jax.training.config import TrainConfig
@@ -94,8 +95,13 @@ def samplers(
     allowed: int,
     trunk: tuple[int, ...] = (),
 ) -> tuple[Sampler, Sampler]:
-    """Of rollouts and of grading; `trunk` is that of the grader's prompts (see `Question.trunk`)."""
+    """Of rollouts and of grading; `trunk` is that of the grader's prompts (see `Question.trunk`).
+
+    Raises:
+      InputError: rows that the mesh cannot cut, or more positions than the model has.
+    """
     r, g = config.rollout, config.grading
+    check_rows({"rollout.rows": r.rows, "grading.rows": g.rows}, mesh)
     shared = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
     rollout = Sampler(
         model,

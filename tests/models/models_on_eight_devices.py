@@ -73,7 +73,7 @@ def loaded_experts() -> dict[str, list]:
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        for sizes in ((1, 1, 1, 8), (1, 2, 2, 2), (1, 8, 1, 1)):
+        for sizes in ((1, 1, 1, 1, 8), (1, 1, 2, 2, 2), (1, 1, 8, 1, 1)):
             mesh = make_mesh(MeshConfig(*sizes))
             loaded = Qwen3.from_pretrained(directory, mesh=mesh, dtype=jnp.bfloat16)
             pairs = zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(model)), strict=True)

@@ -42,7 +42,7 @@ def test_attention_equals_xla_on_one_device(eight, name):
 def test_experts_are_loaded_into_the_devices_that_hold_them(eight):
     """Expert by expert of [2, 8, 8, 16], whichever axes cut them."""
     assert eight["experts"] == {
-        "(1, 1, 1, 8)": [[2, 1, 8, 16], True],
-        "(1, 2, 2, 2)": [[2, 4, 4, 8], True],
-        "(1, 8, 1, 1)": [[2, 8, 8, 2], True],
+        "(1, 1, 1, 1, 8)": [[2, 1, 8, 16], True],
+        "(1, 1, 2, 2, 2)": [[2, 4, 4, 8], True],
+        "(1, 1, 8, 1, 1)": [[2, 8, 8, 2], True],
     }

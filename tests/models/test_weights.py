@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file, save_file
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, Qwen3Config, weights
+from srrl_jax.models import Qwen3, weights
 from srrl_jax.parallel import make_mesh, shardings
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -85,15 +84,15 @@ def test_mesh_places_by_the_table(checkpoint):
     assert_same(model, Qwen3.from_pretrained(checkpoint[0]))
 
 
-def test_tells_of_key_value_heads_that_a_mesh_does_not_divide(caplog):
-    config = Qwen3Config.preset("qwen3-1.7b")  # of 8 heads
-    for tensor in (2, 8):
-        weights._tell_of_whole_heads(config, AbstractMesh((1, 1, tensor), ("data", "fsdp", "tensor")))
-    assert not caplog.messages
-    weights._tell_of_whole_heads(config, AbstractMesh((1, 1, 16), ("data", "fsdp", "tensor")))
-    assert caplog.messages == [
-        "mesh.tensor (16) does not divide the 8 K/V heads: each device of that axis keeps all keys and values"
-    ]
+def test_tells_what_a_mesh_leaves_whole_before_it_reads(checkpoint, caplog, monkeypatch):
+    def refuse(*_):
+        raise InputError("read")
+
+    monkeypatch.setattr(weights, "left_whole", lambda *_: ["mesh.tensor (16) does not divide"])
+    monkeypatch.setattr(weights, "_parameter", refuse)
+    with pytest.raises(InputError, match="^read$"):
+        Qwen3.from_pretrained(checkpoint[0], mesh=make_mesh())
+    assert caplog.messages == ["mesh.tensor (16) does not divide"]
 
 
 def test_shards_with_an_index(checkpoint):

@@ -4,6 +4,8 @@ Usage: python eight_devices.py CHECKPOINT_DIRECTORY
 """
 
 import json
+import math
+import re
 import sys
 
 import jax
@@ -13,17 +15,17 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.parallel import MeshConfig, make_mesh, place_batch, shardings
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import Buckets, Sampler, SamplingConfig, sampler
 
 random = np.random.default_rng(0)
 PREFIXES = [random.integers(0, 512, n).tolist() for n in (9, 14, 5, 16, 11)]
 BRANCHES = [[random.integers(0, 512, n).tolist() for n in (3, 0)] for _ in PREFIXES]
 TABLE = Buckets(prefix=(16,), branch=(4,), fan_out=(2,), rows=(4,))
 TREE = TreeBatch(
-    random.integers(0, 512, (4, 12)),
-    np.array([12, 7, 3, 10]),
-    random.integers(0, 512, (4, 2, 6)),
-    np.array([[6, 2], [1, 5], [4, 4], [3, 6]]),
+    random.integers(0, 512, (8, 12)),
+    np.array([12, 7, 3, 10] * 2),
+    random.integers(0, 512, (8, 2, 6)),
+    np.array([[6, 2], [1, 5], [4, 4], [3, 6]] * 2),
 )
 
 EXPERTS = Qwen3Config.from_hf(
@@ -68,14 +70,68 @@ def errors(actual, expected) -> dict[str, float]:
     }
 
 
+def between_slices(text: str) -> list[str]:
+    """The collectives of a program whose groups have devices of both halves: kind and result."""
+    kinds = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    lines = [(match, match.string) for line in text.splitlines() if (match := re.search(kinds, line))]
+    crosses = [any(min(group) < 4 <= max(group) for group in groups(line)) for _, line in lines]
+    return [f"{match[2]} {match[1]}" for (match, _), both in zip(lines, crosses, strict=True) if both]
+
+
+def groups(line: str) -> list[list[int]]:
+    """Of a collective, in any of the ways that XLA writes them."""
+
+    def devices(sizes: str, axes: str | None) -> np.ndarray:
+        return np.arange(8).reshape(numbers(sizes)).transpose(numbers(axes) if axes else None)
+
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", text)]
+
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+        return [numbers(group) for group in found[1].split("},")]
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={order}", line):
+        return devices(found[2], found[3]).reshape(numbers(found[1])).tolist()
+    found = re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({order}\))? \{{(.*?)\}}", line)
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    mesh = devices(found[2] or "8", found[3]).reshape([int(size) for size in sizes.values()])
+    along = [place for place, axis in enumerate(sizes) if f"'{axis}'" in found[4]]
+    size = math.prod(mesh.shape[place] for place in along)
+    return np.moveaxis(mesh, along, range(-len(along), 0)).reshape(-1, size).tolist()
+
+
+def programs_of(call):
+    """What `call` returns, and the text of the jitted programs of sampling that it runs, by name."""
+    texts, real = {}, {name: getattr(sampler, name) for name in ("unstack", "prefill", "admit", "decode")}
+
+    def spy(name):
+        def run(*args, **kwargs):
+            if name not in texts:
+                texts[name] = real[name].lower(*args, **kwargs).compile().as_text()
+            return real[name](*args, **kwargs)
+
+        return run
+
+    for name in real:
+        setattr(sampler, name, spy(name))
+    result = call()
+    for name, function in real.items():
+        setattr(sampler, name, function)
+    return result, texts
+
+
 def main(folder: str) -> None:
     alone = Qwen3.from_pretrained(folder)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(slice=2, fsdp=2, tensor=2))
     report = {"devices": jax.device_count(), "one": sample(alone, None)}
     with jax.set_mesh(mesh):
         cut = Qwen3.from_pretrained(folder, mesh=mesh)
-        report["mesh"] = sample(cut, mesh)
-        cut_gradient = gradient(cut, place_batch(TREE, mesh))
+        report["mesh"], texts = programs_of(lambda: sample(cut, mesh))
+        program = gradient.lower(cut, place_batch(TREE, mesh)).compile()
+        cut_gradient = program(cut, place_batch(TREE, mesh))
+    texts["gradient"] = program.as_text()
+    report["between_slices"] = {name: between_slices(text) for name, text in texts.items()}
+    report["within_slices"] = {name: " all-" in text for name, text in texts.items()}
     report["shapes"] = {
         ".".join(path): [list(x[...].shape), list(x[...].addressable_shards[0].data.shape)]
         for path, x in nnx.to_flat_state(nnx.state(cut))
@@ -88,7 +144,7 @@ def main(folder: str) -> None:
         jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, alone)
     )  # matrices of layers
     alone, expected = nnx.merge(graphdef, state), gradient(nnx.merge(graphdef, state), TREE)
-    for sizes in ((1, 1, 2, 4), (1, 2, 2, 2)):
+    for sizes in ((1, 1, 1, 2, 4), (2, 1, 2, 1, 2)):
         mesh = make_mesh(MeshConfig(*sizes))
         with jax.set_mesh(mesh):
             cut = nnx.merge(graphdef, jax.device_put(state, shardings(state, mesh)))

@@ -1,7 +1,10 @@
 """Meshes and placement, on this process's devices and on eight virtual ones."""
 
+import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,41 +32,87 @@ TINY = Qwen3Config(
 )
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1, 0)])
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1, 1, 0)])
 def test_bad_config(sizes):
     with pytest.raises(InputError, match=r"^mesh: sizes must be positive, at most one of them -1, not \("):
         MeshConfig(*sizes)
 
 
+@dataclasses.dataclass(frozen=True)
 class Device:
     """Stands for one of many devices; make_mesh only arranges them."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    slice_index: int = 0
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    device_kind: str = ""
+
+
+EIGHT = [Device(i) for i in range(8)]
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ((1, -1, 1), (1, 8, 1, 1)),
-        ((2, 2, 2), (2, 2, 2, 1)),
-        ((-1, 2, 4), (1, 2, 4, 1)),
-        ((2, 1, -1), (2, 1, 4, 1)),
-        ((1, 2, 1, -1), (1, 2, 1, 4)),
+        ((1, 1, -1, 1), (1, 1, 8, 1, 1)),
+        ((1, 2, 2, 2), (1, 2, 2, 2, 1)),
+        ((1, -1, 2, 4), (1, 1, 2, 4, 1)),
+        ((1, 2, 1, -1), (1, 2, 1, 4, 1)),
+        ((1, 1, 2, 1, -1), (1, 1, 2, 1, 4)),
+        ((2, 1, -1), (2, 1, 4, 1, 1)),
+        ((-1, 1, 2), (4, 1, 2, 1, 1)),
     ],
 )
 def test_mesh_shape(sizes, shape):
-    devices = np.array([Device() for _ in range(8)])
-    mesh = make_mesh(MeshConfig(*sizes), devices)
-    assert mesh.axis_names == ("data", "fsdp", "tensor", "expert") and mesh.devices.shape == shape
-    assert list(mesh.devices.flat) == list(devices)
+    mesh = make_mesh(MeshConfig(*sizes), EIGHT)
+    assert mesh.axis_names == ("slice", "data", "fsdp", "tensor", "expert") and mesh.devices.shape == shape
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1), (3, -1, 1), (4, 4, 1), (16, -1, 1)])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 1), (1, 3, -1, 1), (1, 4, 4, 1), (16, 1, -1)])
 def test_mesh_of_other_devices(sizes):
-    with pytest.raises(InputError, match=r"^mesh: .* there are 8; set one axis to -1"):
-        make_mesh(MeshConfig(*sizes), [Device() for _ in range(8)])
+    with pytest.raises(InputError, match=r"^mesh: .* there are 8; set one axis to -1 .* of 1, 2, 4 or 8$"):
+        make_mesh(MeshConfig(*sizes), EIGHT)
+
+
+def tpu(slices: int) -> list[Device]:
+    """Slices of 2 x 2 chips, whose devices are not listed by slice."""
+    return [
+        Device(i, 0, "tpu", i % slices, (i // slices % 2, i // slices // 2, 0)) for i in range(4 * slices)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (2, 1, -1), (-1, 1, 1, 4)])
+def test_slices_of_a_tpu_lie_along_the_first_axis(sizes):
+    mesh = make_mesh(MeshConfig(*sizes), tpu(2))
+    assert mesh.shape["slice"] == 2 and set(mesh.devices.flat) == set(tpu(2))
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(("sizes", "slices"), [((1, 2, -1), 2), ((2, 1, -1), 1), ((4, 1, -1), 2)])
+def test_another_number_of_slices_than_the_tpu_has_is_refused(sizes, slices):
+    message = rf"mesh\.slice \({sizes[0]}\) must be the number of the TPU's slices, which is {slices}$"
+    with pytest.raises(InputError, match=message):
+        make_mesh(MeshConfig(*sizes), tpu(slices))
+
+
+def test_a_slice_of_processes_is_whole_ones_or_a_part_of_one():
+    """As nodes with GPUs: three of four devices."""
+    devices = [Device(i, process_index=i // 4) for i in range(12)]
+    for count in (1, 3, 6, 12):
+        mesh = make_mesh(MeshConfig(slice=count), devices)
+        assert mesh.devices.shape == (count, 1, 12 // count, 1, 1)
+    with pytest.raises(
+        InputError, match=r"^mesh\.slice \(2\) would cut .* 3 processes apart; use 1 or 3, or"
+    ):
+        make_mesh(MeshConfig(slice=2), devices)
 
 
 def test_default_mesh_takes_every_device():
-    assert make_mesh().devices.shape == (1, jax.device_count(), 1, 1)
+    assert make_mesh().devices.shape == (1, 1, jax.device_count(), 1, 1)
 
 
 def test_shardings_follow_the_table():
@@ -133,12 +182,31 @@ def test_samples_equal_one_device(eight):
     np.testing.assert_allclose(sum(logprobs, []), sum(expected_logprobs, []), rtol=0, atol=1e-5)
 
 
+def test_little_travels_between_slices(eight):
+    """While sampling what the host is told, of 8 slots with 8 tokens each; in an update gradients."""
+    between = eight["between_slices"]
+    assert all(eight["within_slices"].values())
+    shapes = {
+        name: [
+            re.findall(r"\d+", shape) for line in lines for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)
+        ]
+        for name, lines in between.items()
+    }
+    assert between["unstack"] == between["prefill"] == []
+    assert max(math.prod(map(int, shape)) for name in ("admit", "decode") for shape in shapes[name]) == 8 * 8
+    assert all(line.startswith("all-reduce ") for line in between["gradient"])
+    assert {("64", "80"), ("256", "32")} < set(map(tuple, shapes["gradient"]))  # of an MLP and of the head
+    assert max(map(len, shapes["gradient"])) == 2  # what is of tokens has more axes
+
+
 def test_gradients_equal_one_device(eight):
     assert len(eight["gradient_errors"]) == len(eight["shapes"]) == 13
     assert max(eight["gradient_errors"].values()) < 1e-5
 
 
-@pytest.mark.parametrize(("sizes", "shard"), [((1, 1, 2, 4), [1, 1, 4, 16]), ((1, 2, 2, 2), [1, 2, 4, 8])])
+@pytest.mark.parametrize(
+    ("sizes", "shard"), [((1, 1, 1, 2, 4), [1, 1, 4, 16]), ((2, 1, 2, 1, 2), [1, 2, 8, 8])]
+)
 def test_experts_on_a_mesh_equal_one_device(eight, sizes, shard):
     report = eight["experts"][str(sizes)]
     assert report["shard"] == shard
@@ -149,9 +217,9 @@ def test_experts_on_a_mesh_equal_one_device(eight, sizes, shard):
 def test_experts_must_divide(eight):
     assert eight["experts_error"] == (
         "mesh.expert (8) must divide the 4 experts of moe_layers.mlp.experts.down_proj.weight (1, 4, 16, 8); "
-        "use one of 1, 2, 4"
+        "use 1, 2 or 4"
     )
 
 
 def test_rows_must_divide(eight):
-    assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp x expert = 4"
+    assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp x expert = 8"

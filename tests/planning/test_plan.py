@@ -115,10 +115,18 @@ def test_a_program_is_compiled_once(stand_in, planned, tmp_path):
     assert other.tightest.peak_hbm_bytes == 2 * GIB
 
 
-def test_slices_meet_over_the_data_axis_alone(stand_in, planned):
+def test_slices_lie_along_the_axis_slice(stand_in, planned, monkeypatch):
     stand_in(1.0)
-    with pytest.raises(InputError, match=r"mesh\.data \(1\) must be a multiple of the 2 slices"):
-        make_plan(planned("mesh.tensor=1"), Topology("v5e", (1,), slices=2), MEANS, Cache(None))
+    meshes, of = [], planning.Setup.of
+    monkeypatch.setattr(
+        planning.Setup, "of", lambda config, *rest: meshes.append(config.mesh) or of(config, *rest)
+    )
+    recipe = planned("mesh.fsdp=1", "mesh.tensor=1")
+    make_plan(recipe, Topology("v5e", (1,), slices=2), MEANS, Cache(None))
+    make_plan(recipe, Topology("v5e", (1,)), MEANS, Cache(None))
+    assert [mesh.slice for mesh in meshes] == [2, 1]
+    with pytest.raises(InputError, match=r"must be a multiple of mesh slice x .* = 16, not 4;"):
+        make_plan(recipe, Topology("v5e", (1,), slices=16), MEANS, Cache(None))
 
 
 def test_gpus_are_planned_by_formula(planned, monkeypatch):

@@ -56,11 +56,14 @@ def test_every_mesh_gives_the_same_first_step(recipe, on_devices, tmp_path):
     config = recipe(
         tmp_path, "steps=1", "prompts_per_step=4", "optimizer.microbatch=4", "optimizer.warmup_steps=0"
     )
-    meshes = [(4, 1, 1), (1, 4, 1), (2, 1, 2)]
-    runs = [[f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}"] for d, f, t in meshes]
+    meshes = [(1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 1, 2), (2, 1, 2, 1)]
+    axes = ("slice", "data", "fsdp", "tensor")
+    runs = [[f"mesh.{axis}={size}" for axis, size in zip(axes, mesh, strict=True)] for mesh in meshes]
     runs[2] += ["reference=host"]  # cut as the policy is, in memory of the host
     *results, refused = on_devices(4, config, [*runs, [*runs[0], "optimizer.microbatch=2"]], tmp_path)
-    assert "optimizer.microbatch must be a multiple of mesh data x fsdp x expert = 4" in refused
+    assert (
+        "optimizer.microbatch must be a multiple of mesh slice x data x fsdp x expert = 4, not 2" in refused
+    )
     (first,), samples = results[0]
     assert first["grad_norm"] > 0
     for (metrics,), other_samples in results[1:]:

@@ -143,9 +143,9 @@ def restore(run_dir: Path, step: int):
         return reader.restore(path, restore_args=like)
 
 
-# The rows over the processes and the weights whole, as nothing then waits for loopback at every token.
+# Each process a slice: the weights are whole, as nothing then waits for loopback at every token.
 PAIR = (
-    "mesh.data=2",
+    "mesh.slice=2",
     "mesh.fsdp=1",
     "steps=6",
     f"data.eval={ROOT / 'srrl_jax/tinyworld/hard.jsonl'}",

@@ -294,6 +294,7 @@ ELSEWHERE = {
     "checkpoint.preemption_seconds",
     "loss.balance_experts",
     "mesh.data",
+    "mesh.slice",
     "mesh.fsdp",
     "mesh.tensor",
     "mesh.expert",
@@ -413,9 +414,9 @@ def test_truncated_sampling_of_rollouts_is_refused(recipe, tmp_path, override):
         recipe(tmp_path, f"rollout.sampling.{override}")
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "expert"])
+@pytest.mark.parametrize("axis", ["slice", "data", "fsdp", "tensor", "expert"])
 def test_mesh_asks_for_devices(recipe, tmp_path, axis):
-    sizes = dict.fromkeys(("data", "fsdp", "tensor", "expert"), 1) | {axis: 1024}
+    sizes = dict.fromkeys(("slice", "data", "fsdp", "tensor", "expert"), 1) | {axis: 1024}
     with pytest.raises(InputError, match=rf"'{axis}': 1024.*but there are"):
         train(recipe(tmp_path, *[f"mesh.{name}={size}" for name, size in sizes.items()]))
 
