@@ -1,8 +1,8 @@
 """Memory and collectives by formula, where there is no compiler for the devices."""
 
+from srrl_jax.models import counts
+from srrl_jax.models.counts import Tree
 from srrl_jax.parallel import row_shards
-from srrl_jax.planning import counts
-from srrl_jax.planning.counts import Tree
 from srrl_jax.planning.programs import Compiled, Setup, bytes_here
 
 

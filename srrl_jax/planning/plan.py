@@ -9,14 +9,14 @@ from typing import Any
 import jax
 
 from srrl_jax.grading import Grader
-from srrl_jax.models import Qwen3Config
+from srrl_jax.models import Qwen3Config, counts
 from srrl_jax.models.attention import choose_kernel
+from srrl_jax.models.counts import Tree, Work
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.weights import read_config
-from srrl_jax.planning import counts, programs
+from srrl_jax.planning import programs
 from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import Topology
-from srrl_jax.planning.counts import Tree, Work
 from srrl_jax.planning.formula import estimate
 from srrl_jax.planning.programs import Compiled, Compiler, DoesNotFit, Setup
 from srrl_jax.sampling.buckets import fit

@@ -3,7 +3,7 @@
 from rich.console import Group
 from rich.table import Table
 
-from srrl_jax.planning.chips import GIB
+from srrl_jax.parallel.chips import GIB
 from srrl_jax.planning.plan import Phase, Plan
 
 # What makes the programs of a group smaller.

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from srrl_jax.cli import app
 from srrl_jax.errors import InputError
+from srrl_jax.parallel.chips import GIB
 from srrl_jax.planning import plan as planning
 from srrl_jax.planning.cache import Cache
-from srrl_jax.planning.chips import GIB, Topology
+from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.plan import Assumptions, make_plan, model_config
 from srrl_jax.planning.programs import Compiled, Setup
 from srrl_jax.planning.table import render

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models import Qwen3, Qwen3Config, counts
+from srrl_jax.models.counts import Tree
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.tree import LaneBatch, last_states
-from srrl_jax.planning import counts
-from srrl_jax.planning.counts import Tree
 
 CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=1, num_attention_heads=8,

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of the phases by formula, from the sizes of the network and of its batch.
+"""FLOPs and bytes of the phases of training by formula, from the sizes of the network and of its batch.
 
 The compiler's own count takes a scan's body once, so it says nothing of a whole program.
 """
@@ -6,7 +6,7 @@ The compiler's own count takes a scan's body once, so it says nothing of a whole
 import dataclasses
 from typing import NamedTuple
 
-from srrl_jax.models import Qwen3Config
+from srrl_jax.models.config import Qwen3Config
 
 
 class Work(NamedTuple):
