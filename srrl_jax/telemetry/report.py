@@ -146,6 +146,7 @@ def _tiles(metrics: list[dict]) -> list[dict]:
         "Unscorable verdicts": "grader/unscorable",
         "Tokens per second": "perf/tokens_per_s",
         "Verdicts per second": "perf/verdicts_per_s",
+        "Update, of the chips' peak": "perf/mfu",
     }
     tiles = []
     for label, key in keys.items():

@@ -19,6 +19,7 @@ from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import SelfRewarder, Task
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
+from srrl_jax.training.mfu import update_mfu
 from srrl_jax.training.monitor import eval_metrics, judges_of, open_teacher
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
@@ -128,6 +129,9 @@ def train(config: TrainConfig) -> TrainState:
                     metrics |= more
                     samples += held_out_samples
                 session.times |= rates(groups, graded, session.times)
+                session.times |= update_mfu(
+                    model.config, batch_tasks, groups, session.times["time/update"], config.lora.rank > 0
+                )
                 if teacher:
                     session.times["perf/teacher_cost"] = teacher.usage.cost
                 session.write(step, state, metrics, samples, groups)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Self
 
 import jax
@@ -57,6 +58,7 @@ class Session:
             console = Console(quiet=not is_main())
             self._live = stack.enter_context(LiveTable(self._config.steps, console))
             self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
+            stack.enter_context(_each_compilation(partial(self._took, "compile")))
             stack.push(self._on_preempted)  # first to run, so within the time that SIGTERM leaves
             self._stack = stack.pop_all()
         return self
@@ -110,8 +112,11 @@ class Session:
             self._preemption.check()
         with self._live.phase(name):
             yield progress
-        name = f"time/{name}"  # a phase may come several times in a step
-        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+        self._took(name, time.perf_counter() - start)
+
+    def _took(self, name: str, seconds: float) -> None:
+        """Adds to the time of a part of the step, which may come several times."""
+        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + seconds
 
     def note_skipped(self, step: int, learnt: Sequence[dict], minibatches: Sequence[UpdateBatch]) -> None:
         """Counts and tells of a step's updates that were skipped."""
@@ -190,3 +195,18 @@ class Session:
         if is_main():
             self.log.event(step, kind, message)
         self._live.console.print(Text(f"step {step}: {kind}: {message}"), soft_wrap=True)
+
+
+@contextmanager
+def _each_compilation(tell: Callable[[float], None]) -> Iterator[None]:
+    """Calls `tell` with the seconds of each program that JAX compiles, or loads from its cache."""
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            tell(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -14,6 +14,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import Sampler
+from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, learner, train
 from srrl_jax.training.update import make_optimizer
 
@@ -405,6 +406,8 @@ def test_run_dir_is_where_everything_is_written(run):
     assert one.run_dir != other.run_dir
     names = {path.name for path in one.run_dir.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= names
+    first = read_jsonl(one.run_dir / "timings.jsonl")[0]
+    assert 0 < first["time/compile"] and "perf/mfu" not in first  # a CPU has no published peak
 
 
 @pytest.mark.parametrize("override", ["top_k=5", "top_p=0.9", "min_p=0.1"])
