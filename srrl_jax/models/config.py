@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.models.rope import RopeScaling, read_rope
@@ -144,7 +145,7 @@ class Qwen3Config:
 
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> Self:
-        """Reads a parsed `config.json`, its path, or the path of the directory that holds it.
+        """Reads a parsed `config.json`, its path (here or gs://), or that of the directory that holds it.
 
         Raises:
           InputError: a required field is missing, or a field asks for something that this
@@ -152,7 +153,7 @@ class Qwen3Config:
         """
         where = "config.json"
         if not isinstance(source, dict):
-            path = Path(source)
+            path = epath.Path(source)
             path = path / "config.json" if path.is_dir() else path
             where = str(path)
             try:

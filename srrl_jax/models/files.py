@@ -1,13 +1,18 @@
-"""Where a checkpoint lies, and a tensor in one of its files."""
+"""Where a checkpoint lies, on a disk or in an object store, and a tensor in one of its files."""
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 
 Box = tuple[slice, ...]  # a part of an array: for each axis a slice with start and stop
@@ -20,20 +25,25 @@ class Tensor(NamedTuple):
     the file is read than that takes.
     """
 
-    file: Path
+    file: epath.PathLike
     shape: tuple[int, ...]
     read: Callable[[Box, np.ndarray], None]
 
 
-def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:
+def checkpoint_directory(source: epath.PathLike, patterns: Sequence[str]) -> Path | epath.Path:
     """`source` itself when it is a directory, else a snapshot of the hub repository of that name.
 
     Args:
-      source: a local directory or a Hugging Face hub id `owner/name`.
+      source: a directory, here or in an object store (gs://), or a Hugging Face hub id `owner/name`.
       patterns: names of the files to fetch from the hub.
     Raises:
       InputError: neither is there.
     """
+    if storage.is_remote(source):
+        path = storage.locate(source)
+        if not path.is_dir():
+            raise InputError(f"{source}: no such directory")
+        return path
     path = Path(source)
     if path.is_dir():
         return path
@@ -53,7 +63,38 @@ def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def on_disk(directory: Path | epath.Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """The directory itself, or of one in an object store a copy of what matches, for as long as this lasts.
+
+    An InputError from inside names the directory, not the copy.
+    """
+    if not storage.is_remote(directory):
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in {file for pattern in patterns for file in directory.glob(pattern)}:
+            (Path(copy) / file.name).write_bytes(file.read_bytes())
+        try:
+            yield Path(copy)
+        except InputError as error:
+            raise InputError(str(error).replace(copy, str(directory))) from error
+
+
+def read_rows(
+    file: epath.PathLike, dtype: np.dtype, offset: int, shape: tuple[int, ...], rows: slice
+) -> np.ndarray:
+    """`rows` of an array that lies at byte `offset` of a file: a map of a disk, a range read of a store."""
+    if not storage.is_remote(file):
+        return np.memmap(file, dtype, "r", offset, shape)[rows]
+    size = math.prod(shape[1:]) * dtype.itemsize
+    with epath.Path(file).open("rb") as stream:
+        stream.seek(offset + rows.start * size)
+        data = stream.read((rows.stop - rows.start) * size)
+    return np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+
+
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """The object in the JSON file `path`; {} when there is no such file."""
     if not path.exists():
         return {}

@@ -111,7 +111,7 @@ class Qwen3(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, mesh=None, dtype=jnp.float32) -> Self:
-        """Loads a directory or hub id that holds safetensors or GGUF weights.
+        """Loads a directory (safetensors also on gs://) or hub id that holds safetensors or GGUF weights.
 
         See `srrl_jax.models.weights.load` for errors; `mesh` places the weights by the table of
         `srrl_jax.parallel`, without one they go to the default device.

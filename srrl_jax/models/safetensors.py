@@ -7,24 +7,26 @@ pages of a whole file resident, and writes only from tensors that are all in mem
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.files import Box, Tensor
+from srrl_jax.models.files import Box, Tensor, read_rows
 
 _DTYPES = {name: jnp.dtype(kind) for name, kind in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }.items()}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_CHUNK = 2**26  # bytes of the file that are mapped at one time
+_CHUNK = 2**26  # bytes of the file that are mapped, or fetched, at one time
 
 
-def read(file: Path) -> dict[str, Tensor]:
+def read(file: Path | epath.Path) -> dict[str, Tensor]:
     """The tensors of a file by name; only the header is read.
 
     Raises:
@@ -32,8 +34,9 @@ def read(file: Path) -> dict[str, Tensor]:
         or has a type that is not a float of 16 to 64 bits (names tensor and file).
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             start = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(start - 8, size)))
         header.pop("__metadata__", None)
@@ -55,7 +58,7 @@ def read(file: Path) -> dict[str, Tensor]:
     return {name: _tensor(file, name, entry, start, size) for name, entry in header.items()}
 
 
-def _tensor(file: Path, name: str, entry: dict[str, Any], start: int, size: int) -> Tensor:
+def _tensor(file: Path | epath.Path, name: str, entry: dict[str, Any], start: int, size: int) -> Tensor:
     kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if kind not in _DTYPES:
         raise InputError(
@@ -78,13 +81,15 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int, size: int)
         first, *rest = box
         for row in range(first.start, first.stop, rows):
             chunk = slice(row, min(row + rows, first.stop))
-            values = np.memmap(file, dtype, "r", start + begin, shape)[chunk, *rest]
+            values = read_rows(file, dtype, start + begin, shape, chunk)[:, *rest]
             out[chunk.start - first.start : chunk.stop - first.start] = values
 
     return Tensor(file, shape, read)
 
 
-def write(file: Path, shapes: dict[str, tuple[int, ...]], dtype: Any, tensors: Iterable[np.ndarray]) -> None:
+def write(
+    file: Path | epath.Path, shapes: dict[str, tuple[int, ...]], dtype: Any, tensors: Iterable[np.ndarray]
+) -> None:
     """Writes `tensors`, one at a time, under the names and shapes of `shapes`, all of `dtype`."""
     dtype, header, end = jnp.dtype(dtype), {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():

@@ -16,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from srrl_jax import storage
 from srrl_jax.models import safetensors
-from srrl_jax.models.files import local_directory, read_json
+from srrl_jax.models.files import checkpoint_directory, read_json
 from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -42,8 +42,9 @@ def save(
       model: on any mesh.
       directory: is made, here or in an object store; weights of an earlier save in it are removed.
       dtype: of the files; by default that of the weights.
-      tokenizer: directory or hub id whose tokenizer files and generation_config.json are copied. Where
-        it has no generation_config.json, one is written that names the tokenizer's stop tokens.
+      tokenizer: directory, here or in an object store, or hub id, whose tokenizer files and
+        generation_config.json are copied. Where it has none of the latter, one is written that names the
+        tokenizer's stop tokens.
       max_shard_size: most bytes of tensors in a file; a larger tensor has a file to itself.
     Raises:
       InputError: no tokenizer at `tokenizer`.
@@ -106,7 +107,7 @@ def _write_settings(
 ) -> None:
     config = {**model.config.to_hf(), "dtype": dtype.name}
     if tokenizer is not None:
-        source = local_directory(tokenizer, TOKENIZER_FILES)
+        source = checkpoint_directory(tokenizer, TOKENIZER_FILES)
         fields = read_json(source / "config.json")
         config |= {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
         for file in {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}:

@@ -11,7 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.files import local_directory, read_json
+from srrl_jax.models.files import checkpoint_directory, on_disk, read_json
 from srrl_jax.models.quoting import control_pattern, quote, unquoted
 
 # What a checkpoint has beside its weights, as globs.
@@ -70,7 +70,7 @@ class Tokenizer(abc.ABC):
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Loads the tokenizer of a directory or hub id.
+    """Loads the tokenizer of a directory (of a disk or an object store) or hub id.
 
     `tokenizer.json` is read by transformers' `AutoTokenizer` (never with remote code), a lone
     `tokenizer.model` by SentencePiece.
@@ -78,15 +78,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
       InputError: neither file is there or readable, or there is no chat template or stop token.
     """
-    directory = local_directory(source, TOKENIZER_FILES)
-    if (directory / "tokenizer.json").exists():
-        return _HuggingFace(directory)
-    if (directory / "tokenizer.model").exists():
-        return _SentencePiece(directory)
-    raise InputError(
-        f"{directory}: no tokenizer; put tokenizer.json or tokenizer.model there (from the "
-        "original checkpoint if the weights are a GGUF file)"
-    )
+    with on_disk(checkpoint_directory(source, TOKENIZER_FILES), TOKENIZER_FILES) as directory:
+        if (directory / "tokenizer.json").exists():
+            return _HuggingFace(directory)
+        if (directory / "tokenizer.model").exists():
+            return _SentencePiece(directory)
+        raise InputError(
+            f"{directory}: no tokenizer; put tokenizer.json or tokenizer.model there (from the "
+            "original checkpoint if the weights are a GGUF file)"
+        )
 
 
 class _HuggingFace(Tokenizer):

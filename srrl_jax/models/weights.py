@@ -14,14 +14,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.models import gguf, safetensors
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.files import Box, Tensor, local_directory, read_json
+from srrl_jax.models.files import Box, Tensor, checkpoint_directory, read_json
 from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.parallel import is_main, left_whole, shardings
@@ -31,7 +33,7 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
     """Loads a checkpoint; each process reads what its own devices hold.
 
     Args:
-      source: a directory or a hub id `owner/name` that holds `config.json` with
+      source: a directory (here or gs://) or a hub id `owner/name` that holds `config.json` with
         `model.safetensors` (or shards and their index), or one GGUF file (`config.json` optional).
       mesh: places each weight by the table of `srrl_jax.parallel`; default device without it.
       dtype: of the stored weights and of the computation.
@@ -68,8 +70,8 @@ def abstract(config: Qwen3Config, dtype=jnp.float32) -> Qwen3:
     return nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def _fetch(source: str | Path) -> Path:
-    return local_directory(source, ("*.json", "model*.safetensors", "*.model", "*.jinja"))
+def _fetch(source: str | Path) -> Path | epath.Path:
+    return checkpoint_directory(source, ("*.json", "model*.safetensors", "*.model", "*.jinja"))
 
 
 # The tensors of a parameter by their index in it: () alone, (layer,) or (layer, expert).
@@ -156,7 +158,7 @@ def _read(parts: Parts, box: Box, dtype) -> np.ndarray:
     return out
 
 
-def _open(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
+def _open(directory: Path | epath.Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
     """The config and the tensors by checkpoint name; only headers are read."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists():
@@ -179,7 +181,7 @@ def _open(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
     return config, tensors
 
 
-def _open_gguf(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
+def _open_gguf(directory: Path | epath.Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
     files = sorted(directory.glob("*.gguf"))
     if len(files) > 1:
         raise InputError(f"{directory}: several GGUF files ({_some(f.name for f in files)}); keep one")
@@ -193,6 +195,8 @@ def _open_gguf(directory: Path) -> tuple[Qwen3Config, dict[str, Tensor]]:
             f"{directory}: no weights; put model.safetensors (or its shards and index) or one "
             ".gguf file there"
         )
+    if storage.is_remote(directory):
+        raise InputError(f"{files[0]}: a GGUF file is read from a disk alone; copy it, or give safetensors")
     if not (directory / "config.json").exists():
         return gguf.read(files[0])
     config, tensors = gguf.read(files[0], Qwen3Config.from_hf(directory))

@@ -76,9 +76,12 @@ def exported(source: str) -> str:
     `export` does.
     """
     name, at, number = source.rpartition("@")
-    run_dir, step = (Path(name), int(number)) if at and number.isdigit() else (Path(source), None)
+    name, step = (name, int(number)) if at and number.isdigit() else (source, None)
+    run_dir = storage.locate(name) if storage.is_remote(name) else Path(name)
     if not (run_dir / "config.yaml").is_file():
         return source
+    if storage.is_remote(name):
+        raise InputError(f"{name}: a run in an object store; write its weights first: srrl export {name} OUT")
     if step is None or not (run_dir / "export" / str(step)).exists():
         with tempfile.TemporaryDirectory(dir=run_dir) as scratch:
             whole = Path(scratch) / "model"  # moved only when all of it is there

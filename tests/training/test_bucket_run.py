@@ -3,16 +3,18 @@
 import builtins
 import io
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from srrl_jax import storage
+from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.report import write_report
 from srrl_jax.training import train
-from srrl_jax.training.export import export
+from srrl_jax.training.export import export, exported
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,9 +41,12 @@ def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
     monkeypatch.setattr("orbax.checkpoint._src.path.gcs_utils.get_bucket", lambda name: None)
     there, here = f"{bucket}/runs/one", tmp_path / "one"
     (bucket / "easy.jsonl").write_bytes(open(recipe(here).data.train, "rb").read())
+    (bucket / "model").mkdir()
+    for file in Path(recipe(here).model).iterdir():
+        (bucket / "model" / file.name).write_bytes(file.read_bytes())
     keys = ("checkpoint.every=1", f"data.train={bucket}/easy.jsonl")
-    train(recipe(there, "steps=1", *keys))
-    resumed = train(recipe(there, "steps=2", *keys))
+    train(recipe(there, "steps=1", *keys, f"model={bucket}/model"))
+    resumed = train(recipe(there, "steps=2", *keys, f"model={bucket}/model"))
     unbroken = train(recipe(here, "steps=2", *keys))
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(unbroken), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -52,6 +57,8 @@ def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
     assert export(there, f"{bucket}/export") == export(here, tmp_path / "export") == 2
     for file in (tmp_path / "export").iterdir():
         assert (bucket / "export" / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(InputError, match=f"^{there}: a run in an object store; .* srrl export {there} OUT"):
+        exported(f"{there}@2")
     assert "<!doctype html>" in write_report(there).read_text()
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "report.html",
