@@ -258,7 +258,8 @@ class EvalConfig:
 class TrainConfig:
     """Everything that decides a run. `steps` counts rollout-grade-update rounds.
 
-    The steps of `profile` are traced by JAX's profiler. `reference`: where the frozen starting weights lie;
+    The steps of `profile` are traced by JAX's profiler; true is the second, since the first one compiles.
+    `reference`: where the frozen starting weights lie;
     from "host" they come to the devices for each use, and leave again.
     """
 
@@ -277,7 +278,7 @@ class TrainConfig:
     reference: Literal["device", "host"] = "device"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    profile: tuple[int, ...] = ()
+    profile: pydantic.StrictBool | tuple[int, ...] = ()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig = LoraConfig()
@@ -307,8 +308,8 @@ class TrainConfig:
         for key, value in least.items():
             if value < 1:
                 raise InputError(f"{key}: must be at least {2 if key == 'group_size' else 1}")
-        if not all(1 <= step <= self.steps for step in self.profile):
-            raise InputError(f"profile: must be of 1 to steps ({self.steps}), not {list(self.profile)}")
+        if not all(1 <= step <= self.steps for step in self.profiled):
+            raise InputError(f"profile: must be of 1 to steps ({self.steps}), not {list(self.profiled)}")
         if self.prompts_per_step % (o.minibatches * o.microbatch):
             raise InputError(
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches "
@@ -387,6 +388,13 @@ class TrainConfig:
             raise InputError("reference: with LoRA it is the policy's own frozen weights; set it to device")
         if self.checkpoint.best == "eval/self" and self.data.eval is None:
             raise InputError("checkpoint.best: eval/self is measured on data.eval, which is not given")
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """The steps that are traced."""
+        if isinstance(self.profile, bool):
+            return (min(2, self.steps),) if self.profile else ()
+        return self.profile
 
     @property
     def needs_frozen(self) -> bool:

@@ -34,7 +34,7 @@ def check_run(config: TrainConfig) -> list[str]:
         shows the keys that differ) or one that is longer.
     """
     run_dir = storage.locate(config.run_dir)
-    if config.profile and storage.is_remote(run_dir):
+    if config.profiled and storage.is_remote(run_dir):
         raise InputError("profile: JAX writes traces to disks alone; give a run_dir on one, or leave it out")
     if not storage.is_remote(run_dir):
         existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())

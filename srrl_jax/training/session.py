@@ -94,7 +94,7 @@ class Session:
     def remaining(self) -> Iterator[int]:
         """The steps that are to be done. Those of `profile` are traced into `run_dir/profile`."""
         for step in range(self.step + 1, self._config.steps + 1):
-            traced = step in self._config.profile
+            traced = step in self._config.profiled
             with jax.profiler.trace(self._run_dir / "profile") if traced else nullcontext():
                 yield step
 

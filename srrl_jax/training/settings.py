@@ -79,8 +79,12 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -
             raise InputError(f"{where}: unknown key {path + str(key)!r}; {hint}")
         if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
             _check_keys(fields[key], value, where, f"{path}{key}.")
-        elif isinstance(value, bool) and fields[key] is not bool:  # pydantic would read 1 or 0
+        elif isinstance(value, bool) and not _is_switch(fields[key]):  # pydantic would read 1 or 0
             raise InputError(f"{where}: {path}{key}: not a switch, so it cannot be {str(value).lower()}")
+
+
+def _is_switch(kind: Any) -> bool:
+    return kind is bool or any(map(_is_switch, get_args(kind)))
 
 
 def _section(kind: Any) -> Any:

@@ -152,6 +152,7 @@ def test_an_override_must_be_a_key_and_a_yaml_value():
     [
         "steps=0",
         "profile=[1, 99]",
+        "profile=1",
         "prompts_per_step=0",
         "group_size=1",
         "seed=-1",
