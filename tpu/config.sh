@@ -6,7 +6,7 @@ PROJECT=${PROJECT:-}                      # Google Cloud project
 ZONE=${ZONE:-us-east5-b}                  # https://cloud.google.com/tpu/docs/regions-zones
 NAME=${NAME:-srrl}                        # of the queued resource and of its slices
 ACCELERATOR=${ACCELERATOR:-v6e-16}        # v5litepod-8 (v5e), v6e-16, v6e-64, v5p-128 (v5p counts cores: 64 chips)
-SLICES=${SLICES:-1}                       # more than 1: multi-slice
+SLICES=${SLICES:-1}                       # more than 1: multi-slice; the recipe then gets mesh.slice
 PROVISIONING=${PROVISIONING:-spot}        # spot, reserved or on-demand
 SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-}      # of the VMs; empty: the project's default
 

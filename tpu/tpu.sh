@@ -78,7 +78,9 @@ setup() {
 
 launch() {
   [ -n "$RUN_DIR" ] || refuse "RUN_DIR: set it in tpu/config.sh, e.g. gs://BUCKET/runs/8b"
-  everywhere "cd srrl && HF_SECRET=${HF_SECRET@Q} bash tpu/worker.sh launch ${RECIPE@Q} run_dir=${RUN_DIR@Q} $OVERRIDES"
+  local slices=
+  [ "$SLICES" -eq 1 ] || slices=" mesh.slice=$SLICES"
+  everywhere "cd srrl && HF_SECRET=${HF_SECRET@Q} bash tpu/worker.sh launch ${RECIPE@Q} run_dir=${RUN_DIR@Q}$slices $OVERRIDES"
 }
 
 status() { everywhere "[ ! -d srrl ] && echo worker: new || bash srrl/tpu/worker.sh status"; }

@@ -1,6 +1,8 @@
 """The scripts of tpu/, run against a stand-in gcloud that records its calls and plays two workers."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jax.sharding import AbstractMesh
+
+from srrl_jax.parallel import check_rows
+from srrl_jax.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tpu"
@@ -206,6 +212,12 @@ def test_setup_and_launch_reach_every_worker_and_the_token_no_command_line(cloud
     assert not any("hf_token_value" in word for call in cloud.calls() for word in call)
 
 
+def test_the_recipe_learns_of_several_slices(cloud):
+    printed = cloud("--dry-run", "launch", SLICES="2", OVERRIDES="steps=3").stdout
+    assert "run_dir=gs://bucket/run mesh.slice=2 steps=3" in printed.replace("\\'", "").replace("'", "")
+    assert "mesh.slice" not in cloud("--dry-run", "launch").stdout
+
+
 def test_a_running_program_is_not_launched_twice_and_can_be_stopped(cloud):
     cloud("setup")
     assert cloud("launch", codes=["sleep", "sleep"]).returncode == 0
@@ -290,6 +302,13 @@ def test_the_jobset_fills_its_slices():
     assert job["parallelism"] == job["completions"] and job["completionMode"] == "Indexed"
     assert pod["restartPolicy"] == "Never"  # a condition of podFailurePolicy
     assert all("value" not in entry for entry in container["env"])  # secrets come by reference
+    command, recipe, *overrides = container["args"]
+    config = TrainConfig.load(ROOT / recipe, overrides)
+    sizes = dataclasses.asdict(config.mesh)
+    assert command == "train" and sizes["slice"] == jobs["replicas"] == 2
+    assert math.prod(sizes.values()) == jobs["replicas"] * chips
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_rows({"rows": (*config.rollout.rows, *config.grading.rows, config.optimizer.microbatch)}, mesh)
 
 
 def wait_for(condition) -> None:
