@@ -222,6 +222,22 @@ def test_a_switch_is_not_a_number(override):
     assert TrainConfig.load(DEMO, ["rollout.thinking=true"]).rollout.thinking is True
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], ()),
+        (["profile=[3, 5]"], (3, 5)),
+        (["profile=true"], (2,)),
+        (["profile=true", "steps=1"], (1,)),
+        (["profile=false"], ()),
+    ],
+)
+def test_which_steps_are_profiled(overrides, steps):
+    config = TrainConfig.load(DEMO, overrides)
+    assert config.profiled == steps
+    assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
 def test_the_best_checkpoint_needs_its_metric():
     assert "checkpoint.best: eval/self is measured on data.eval" in refused(
         "checkpoint.best=eval/self", "data.eval=null"
