@@ -191,7 +191,7 @@ class _ChatHandler(BaseHTTPRequestHandler):
             server.headers = dict(self.headers)
             server.open += 1
             server.most = max(server.most, server.open)
-        prompt = body["messages"][0]["content"]
+        prompt = body["messages"][-1]["content"]
         try:
             answer = server.say(prompt, count) if self.path == "/v1/chat/completions" else Raw(404)
         finally:

@@ -1,5 +1,6 @@
 """Rows of (conversation, criterion, label), such as HealthBench's meta-evaluation."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,6 @@ from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Criterion, Message, row_faults
 
 _POINTS = re.compile(r"\[(-?\d+(?:\.\d+)?)\]\s*(?=\S)")
-# Of a criterion whose row names no points: what every physician-agreed criterion of HealthBench has.
-_DEFAULT_POINTS = 5
 
 
 class LabelRow(NamedTuple):
@@ -36,7 +35,7 @@ def load_labels(source: str | Path) -> list[LabelRow]:
     optional, `anonymized_physician_ids` and `category`. It may also be shorter: a `conversation`
     that ends with the assistant's turn for `prompt` and `completion`, `criterion` for `rubric`,
     one `label` for `binary_labels`. Points are those of `points`, or of a "[-3] " before the
-    criterion's text, else 5.
+    criterion's text, else NaN: the grader is then shown none, as in simple-evals.
 
     Raises InputError that names the line, the field and the mend.
     """
@@ -62,13 +61,16 @@ def _label_row(row: Any) -> LabelRow:
     if not isinstance(response, str):
         raise ValueError("`completion` must be a string: the response that was labelled")
     criterion = row["criterion"] if "criterion" in row else row.get("rubric")
-    points = row.get("points", _DEFAULT_POINTS)
+    points = row.get("points")
     if isinstance(criterion, str) and (match := _POINTS.match(criterion)):
         points, criterion = float(match[1]), criterion[match.end() :]
     faults = row_faults(
         {
             "prompt": prompt,
-            "rubrics": [{"criterion": criterion, "points": points}, {"criterion": "any", "points": 1}],
+            "rubrics": [
+                {"criterion": criterion, "points": 1 if points is None else points},
+                {"criterion": "any", "points": 1},
+            ],
         }
     )
     if faults:
@@ -82,7 +84,7 @@ def _label_row(row: Any) -> LabelRow:
     return LabelRow(
         tuple(Message(role=turn["role"], content=turn["content"]) for turn in prompt),
         response,
-        Criterion(criterion, points),
+        Criterion(criterion, math.nan if points is None else points),
         tuple(labels),
         tuple(map(str, physicians)),
         str(row.get("category") or ""),

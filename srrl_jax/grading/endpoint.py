@@ -35,6 +35,7 @@ class EndpointConfig:
       model: as the endpoint calls it.
       cache: SQLite file of all replies; what it holds is never asked for again.
       key_env: environment variable that holds the key; null sends none. The key is written nowhere.
+      system: a system message before every prompt; null is none.
       parameters: more fields of a request, such as {temperature: 0.6, max_completion_tokens: 512}.
       concurrency: requests at one time.
       requests_per_minute, tokens_per_minute: limits; a request counts a token for every 4 characters of
@@ -49,6 +50,7 @@ class EndpointConfig:
     model: str
     cache: str
     key_env: str | None = "OPENAI_API_KEY"
+    system: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     concurrency: int = 16
     requests_per_minute: float | None = None
@@ -184,10 +186,12 @@ class Endpoint:
     async def _ask_all(self, prompts, on_reply) -> list[CachedReply | None]:
         free, locks = asyncio.Semaphore(self.config.concurrency), defaultdict(asyncio.Lock)
         done, self._failure = 0, None
+        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
 
         async def one(prompt: str, draw: int) -> CachedReply | None:
             nonlocal done
-            body = {"model": self.config.model, "messages": [{"role": "user", "content": prompt}]}
+            messages = [*system, {"role": "user", "content": prompt}]
+            body = {"model": self.config.model, "messages": messages}
             body |= self.config.parameters
             name = request_id(self.config.base_url, body, draw)
             async with free, locks[name]:

@@ -15,7 +15,7 @@ from srrl_jax.grading.voting import Query, Reply, Verdict, poll
 from srrl_jax.parallel import gather, is_main
 from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, load_template
 
-DECIDES = ("base_url", "model", "parameters", "template", "tries", "votes", "together")
+DECIDES = ("base_url", "model", "system", "parameters", "template", "tries", "votes", "together")
 """The keys that decide verdicts; the others decide speed and cost."""
 
 

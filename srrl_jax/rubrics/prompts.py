@@ -10,6 +10,9 @@ A response may try to instruct the grader. Where the template names {response} a
 keeps the form of the original, in which the response is the last turn of the conversation.
 """
 
+import ast
+import hashlib
+import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -18,6 +21,8 @@ from pathlib import Path
 from srrl_jax.rubrics.types import Criterion, Message
 
 TEMPLATES = ("shared", "healthbench")
+# By which simple-evals' GRADER_TEMPLATE (of 2025) is known when it is loaded; its text is not kept here.
+SIMPLE_EVALS_SHA256 = "8fa31360f89e6997fd1519d7694379af65668e5a24ea3b84392f2f75d05d563d"
 CONVERSATION, RESPONSE, CRITERION = "{conversation}", "{response}", "{criterion}"
 _TOGETHER = """\
 There are {count} numbered rubric items above. Judge each by itself, and answer with one JSON list of \
@@ -25,12 +30,13 @@ There are {count} numbered rubric items above. Judge each by itself, and answer 
 
 
 def load_template(name_or_path: str) -> str:
-    """Text of the template "shared", "healthbench", or of the text file at this path.
+    """Text of the template "shared", "healthbench", or of the file at this path.
 
     A template names {conversation}, then {response} if it is to stand apart, then {criterion}, each
-    once. The placeholders of simple-evals (<<conversation>>, <<rubric_item>>) are read too, so its
-    GRADER_TEMPLATE works unchanged from a file. Raises ValueError that names the template and the
-    mend.
+    once. The placeholders of simple-evals (<<conversation>>, <<rubric_item>>) are read too. Of a
+    Python file the template is its constant GRADER_TEMPLATE, so that simple-evals' own
+    healthbench_eval.py can be given as it is; nothing of the file is run. Raises ValueError that
+    names the template and the mend.
     """
     if name_or_path in TEMPLATES:
         folder = resources.files("srrl_jax.rubrics") / "templates"
@@ -43,6 +49,8 @@ def load_template(name_or_path: str) -> str:
                 f"cannot read the grader template {name_or_path!r} ({error}): give "
                 f"{' or '.join(TEMPLATES)}, or the path of a UTF-8 text file"
             ) from error
+        if Path(name_or_path).suffix == ".py":
+            text = _constant(text, "GRADER_TEMPLATE", name_or_path)
     text = text.strip().replace("<<conversation>>", CONVERSATION)
     text = text.replace("<<rubric_item>>", CRITERION)
     for placeholder in (CONVERSATION, CRITERION):
@@ -59,6 +67,11 @@ def load_template(name_or_path: str) -> str:
             "so that the criteria of one response share a prefix"
         )
     return text
+
+
+def template_sha256(template: str) -> str:
+    """Tells loaded templates apart by their text, whatever their files are called."""
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def grader_prompt(template: str, messages: Sequence[Message], response: str) -> str:
@@ -83,6 +96,7 @@ def grader_prompt(template: str, messages: Sequence[Message], response: str) -> 
 def criterion_prompt(template: str, criterion: Criterion) -> str:
     """The rest of the grader's user message: "[points] criterion" and what follows it.
 
+    Where the points are not known (NaN) the criterion stands alone, as in simple-evals' meta-evaluation.
     `grader_prompt(...) + criterion_prompt(...)` is the whole message.
     """
     _, _, after_criterion = template.partition(CRITERION)
@@ -99,6 +113,25 @@ def criteria_prompt(template: str, criteria: Sequence[Criterion]) -> str:
     return f"{listed}{after_criteria}\n\n{_TOGETHER.format(count=len(criteria))}"
 
 
+def _constant(source: str, name: str, path: str) -> str:
+    """The string, with `.strip()` or without, that a Python source assigns to `name` at its top level."""
+    try:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == name for t in node.targets):
+                value = node.value
+                stripped = isinstance(value, ast.Call) and getattr(value.func, "attr", None) == "strip"
+                text = ast.literal_eval(value.func.value if stripped else value)
+                if isinstance(text, str):
+                    return text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass
+    raise ValueError(
+        f"{path} has no string {name} = ...: give simple-evals' healthbench_eval.py, or a text file"
+    )
+
+
 def _pointed(criterion: Criterion) -> str:
     points = criterion.points
+    if math.isnan(points):
+        return criterion.criterion
     return f"[{int(points) if float(points).is_integer() else points}] {criterion.criterion}"

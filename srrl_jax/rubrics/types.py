@@ -17,7 +17,10 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Criterion:
-    """One rubric item. `points` is what a response earns for meeting it, below 0 for a fault."""
+    """One rubric item. `points` is what a response earns for meeting it, below 0 for a fault.
+
+    Only where nothing is scored, as with physicians' labels, may `points` be NaN: not known.
+    """
 
     criterion: str
     points: float

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_the_released_form_and_the_short_one(load):
     released, short = load(RELEASED, SHORT)
     assert released.prompt == short.prompt == ({"role": "user", "content": "hi"},)
     assert released.response == short.response == "hello"
-    assert released.criterion == short.criterion == Criterion("Greets back", 5)
+    assert released.criterion == short.criterion == Criterion("Greets back", math.nan)
     assert (released.labels, short.labels) == ((True, False), (True,))
     assert (released.physicians, short.physicians) == (("x", "y"), ())
     assert (released.category, short.category) == ("cluster:greetings", "")
@@ -52,7 +53,7 @@ def test_points_are_a_field_or_stand_before_the_text(load):
     )
     assert field.criterion == Criterion("Greets back", -3)
     assert prefix.criterion == Criterion("Is rude", -4.5)
-    assert neither.criterion == Criterion("[citation]", 5)
+    assert neither.criterion == Criterion("[citation]", math.nan)
 
 
 @pytest.mark.parametrize(

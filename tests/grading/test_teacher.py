@@ -78,6 +78,14 @@ def test_every_criterion_is_one_request_of_the_whole_prompt(chat_server, teacher
     assert one.usage == (3, prompts, said, 0, prompts + 2 * said)
 
 
+def test_a_system_message_comes_first_and_decides_the_reply(chat_server, teacher):
+    teacher().grade([item("a")])
+    teacher(system="Be kind.").grade([item("a")])
+    (plain,), (system, user) = (body["messages"] for body in chat_server.requests)
+    assert system == {"role": "system", "content": "Be kind."} and user == plain
+    assert "system" in teacher().settings
+
+
 def test_nothing_is_paid_twice(chat_server, teacher):
     items = [item("a", "b"), item("a", "b"), item("a", response="other")]
     first = teacher().grade(items)

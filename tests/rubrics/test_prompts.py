@@ -1,15 +1,18 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srrl_jax.rubrics import (
+    SIMPLE_EVALS_SHA256,
     Criterion,
     Example,
     criterion_prompt,
     grader_prompt,
     load_template,
+    template_sha256,
 )
 
 MESSAGES = (
@@ -111,6 +114,86 @@ def test_template_file_and_the_placeholders_of_simple_evals(tmp_path):
     prefix = grader_prompt(template, [{"role": "user", "content": "q"}], "r")
     assert prefix == "Judge:\nuser: q\n\nassistant: r\nby "
     assert criterion_prompt(template, Criterion("C", 1)) == "[1] C {}!"
+
+
+# A module as simple-evals' healthbench_eval.py is built; it could not be imported here.
+EVAL_MODULE = '''
+"""Evaluates."""
+
+import blobfile as bf
+
+from . import common
+
+OTHER_TEMPLATE = """<<conversation>>"""
+
+GRADER_TEMPLATE = """
+Judge "this":
+<<conversation>>
+
+# Item
+<<rubric_item>>
+
+Answer like this:
+{"met": true}
+""".strip()
+
+raise SystemExit("it was run")
+'''
+
+
+@pytest.fixture
+def eval_module(tmp_path) -> str:
+    path = tmp_path / "healthbench_eval.py"
+    path.write_text(EVAL_MODULE, encoding="utf-8")
+    return str(path)
+
+
+def test_a_python_file_gives_its_grader_template_and_is_not_run(eval_module, tmp_path):
+    template = load_template(eval_module)
+    assert template.startswith('Judge "this":\n{conversation}\n') and template.endswith('{"met": true}')
+    copy = tmp_path / "copy.txt"
+    copy.write_text(template.replace("{criterion}", "<<rubric_item>>"), encoding="utf-8")
+    assert template_sha256(load_template(str(copy))) == template_sha256(template)
+    assert SIMPLE_EVALS_SHA256 not in {template_sha256(load_template(t)) for t in ("healthbench", "shared")}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "OTHER = 'x'",
+        "GRADER_TEMPLATE = 3",
+        "GRADER_TEMPLATE = open('x').read()",
+        "GRADER_TEMPLATE = f'{conversation}'",
+        "def f():\n    GRADER_TEMPLATE = '<<conversation>><<rubric_item>>'",
+        "GRADER_TEMPLATE = (",
+        "x = " + "(" * 10_000,
+        "",
+        "\0",
+    ],
+)
+def test_a_python_file_without_one_is_named(tmp_path, source):
+    path = tmp_path / "eval.py"
+    path.write_text(source)
+    with pytest.raises(ValueError, match="eval.py has no string GRADER_TEMPLATE"):
+        load_template(str(path))
+
+
+def test_a_prompt_is_what_simple_evals_renders_to_the_byte(eval_module, shared_data):
+    """Its rendering, which replaces the placeholders one after the other, on real rows."""
+    original, template = EVAL_MODULE.split('"""')[5].strip(), load_template(eval_module)
+    with (shared_data / "healthbench" / "hard.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows:
+        example, response = Example.from_dict(row), "It is {fine}.\n\n[5] <think>"
+        turns = [f"{turn['role']}: {turn['content']}" for turn in row["prompt"]]
+        whole = original.replace("<<conversation>>", "\n\n".join([*turns, f"assistant: {response}"]))
+        prefix = grader_prompt(template, example.prompt, response)
+        for item, criterion in zip(row["rubrics"], example.rubrics, strict=True):
+            expected = whole.replace("<<rubric_item>>", f"[{item['points']}] {item['criterion']}")
+            assert prefix + criterion_prompt(template, criterion) == expected
+        # The meta-evaluation shows the criterion without points.
+        unknown = criterion_prompt(template, Criterion("Is kind", math.nan))
+        assert prefix + unknown == whole.replace("<<rubric_item>>", "Is kind")
 
 
 @pytest.mark.parametrize(
