@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from srrl_jax.data import load_examples
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig
-from srrl_jax.grading import GradingItem
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint
+from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
 

@@ -23,7 +23,15 @@ app.add_typer(data_app, name="data")
 # Options that several commands have.
 Seed = Annotated[int, typer.Option(min=0)]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")]
-Template = Annotated[str, typer.Option(help="shared, healthbench, or a file.")]
+Template = Annotated[
+    str, typer.Option(help="shared, healthbench, or a file: simple-evals' healthbench_eval.py is one.")
+]
+Verdict = Annotated[
+    Literal["generate", "constrained", "logits"],
+    typer.Option("--verdict", help="A reply with its reason; true or false drawn alone; the likelier one."),
+]
+Votes = Annotated[int, typer.Option(min=1, help="Replies or draws for each criterion; odd.")]
+Together = Annotated[bool, typer.Option(help="All criteria of a rubric in one query.")]
 Tries = Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")]
 VerdictTokens = Annotated[int, typer.Option(min=1, help="Of a verdict.")]
 GraderThinks = Annotated[bool, typer.Option(help="Let the grader think.")]
@@ -219,9 +227,9 @@ def _grade(
     model: Annotated[str, typer.Argument(help="The grader: a checkpoint, or a teacher's .yaml.")],
     source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with prompt, rubrics, completion.")],
     out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="The rows with verdicts; again resumes.")],
-    verdict: Annotated[Literal["generate", "constrained", "logits"], typer.Option()] = "generate",
-    votes: Annotated[int, typer.Option(min=1, help="Replies for each criterion; odd.")] = 1,
-    together: Annotated[bool, typer.Option(help="All criteria of a rubric in one query.")] = False,
+    verdict: Verdict = "generate",
+    votes: Votes = 1,
+    together: Together = False,
     template: Template = "shared",
     max_new_tokens: VerdictTokens = 256,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
@@ -232,12 +240,20 @@ def _grade(
     seed: Seed = 0,
 ) -> None:
     """Grade completions against the rubrics of their rows; shapes follow from the rows."""
-    from srrl_jax.evaluation.judge import JudgeConfig
     from srrl_jax.evaluation.lines import grade_file
+    from srrl_jax.grading import JudgeConfig
     from srrl_jax.sampling import SamplingConfig
 
-    sampling = SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
-    config = JudgeConfig(max_new_tokens, thinking, template, tries, sampling, verdict, votes, together)
+    config = JudgeConfig(
+        template=template,
+        tries=tries,
+        votes=votes,
+        together=together,
+        max_new_tokens=max_new_tokens,
+        verdict=verdict,
+        thinking=thinking,
+        sampling=SamplingConfig(temperature=temperature, top_k=20, top_p=0.95),
+    )
     lines = grade_file(model, source, out, config=config, batch=batch, dtype=dtype, seed=seed)
     print(f"{lines} new lines in {out}")
 
@@ -260,6 +276,9 @@ def _evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="Of responses.")] = 0.6,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
+    verdict: Verdict = "generate",
+    votes: Votes = 1,
+    together: Together = False,
     template: Template = "shared",
     grader_max_new_tokens: VerdictTokens = 256,
     grader_temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
@@ -271,7 +290,8 @@ def _evaluate(
 ) -> None:
     """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
     from srrl_jax.evaluation.commands import run_evaluate
-    from srrl_jax.evaluation.judge import AnswerConfig, JudgeConfig
+    from srrl_jax.evaluation.judge import AnswerConfig
+    from srrl_jax.grading import JudgeConfig
     from srrl_jax.sampling import SamplingConfig
     from srrl_jax.training.export import exported
 
@@ -288,11 +308,14 @@ def _evaluate(
             max_new_tokens, thinking, SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
         ),
         judging=JudgeConfig(
-            grader_max_new_tokens,
-            grader_thinking,
-            template,
-            tries,
-            SamplingConfig(temperature=grader_temperature, top_k=20, top_p=0.95),
+            template=template,
+            tries=tries,
+            votes=votes,
+            together=together,
+            max_new_tokens=grader_max_new_tokens,
+            verdict=verdict,
+            thinking=grader_thinking,
+            sampling=SamplingConfig(temperature=grader_temperature, top_k=20, top_p=0.95),
         ),
         batch=batch,
         dtype=dtype,
@@ -306,6 +329,9 @@ def _meta_evaluate(
     labels: Annotated[str, typer.Argument(help="Rows of conversation, criterion and labels.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
     limit: Limit = None,
+    verdict: Verdict = "generate",
+    votes: Votes = 1,
+    together: Together = False,
     template: Template = "shared",
     max_new_tokens: VerdictTokens = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
@@ -317,17 +343,25 @@ def _meta_evaluate(
 ) -> None:
     """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
     from srrl_jax.evaluation.commands import run_meta_evaluate
-    from srrl_jax.evaluation.judge import JudgeConfig
+    from srrl_jax.grading import JudgeConfig
     from srrl_jax.sampling import SamplingConfig
     from srrl_jax.training.export import exported
 
-    sampling = SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
     run_meta_evaluate(
         exported(grader),
         labels,
         out,
         limit=limit,
-        judging=JudgeConfig(max_new_tokens, thinking, template, tries, sampling),
+        judging=JudgeConfig(
+            template=template,
+            tries=tries,
+            votes=votes,
+            together=together,
+            max_new_tokens=max_new_tokens,
+            verdict=verdict,
+            thinking=thinking,
+            sampling=SamplingConfig(temperature=temperature, top_k=20, top_p=0.95),
+        ),
         batch=batch,
         dtype=dtype,
         seed=seed,

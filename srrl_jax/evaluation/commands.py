@@ -10,10 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from srrl_jax.data import load_examples, select
 from srrl_jax.evaluation.evaluate import Result, answers_of, evaluate, ready_answers
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig, open_judge
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, open_judge
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate, ready_verdicts, save
-from srrl_jax.evaluation.tables import agreement_table, confusion_table, published_table, score_table
+from srrl_jax.evaluation.tables import (
+    agreement_table,
+    confusion_table,
+    published_table,
+    score_table,
+    template_label,
+)
+from srrl_jax.grading import JudgeConfig
 
 
 def run_evaluate(
@@ -33,6 +40,7 @@ def run_evaluate(
     seed: int,
 ) -> Result:
     """Scores a checkpoint or a file of completions; see `srrl evaluate --help`. Raises InputError."""
+    judging.read_template()  # what is wrong with it is told before weights are loaded
     examples = select(load_examples(rows), where)[:limit]
     ready = completions and ready_answers(model, completions, examples, repeats)
     own = grader in ("policy", model)
@@ -42,9 +50,11 @@ def run_evaluate(
         open_judge(policy if own else grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
         _progress("responses") as on_progress,
     ):
+        template = template_label(judge.settings)
         settings = {
             "rows": rows,
             "where": list(where),
+            "template": template,
             "judging": judge.settings,
             "dtype": dtype,
             "seed": seed,
@@ -60,12 +70,12 @@ def run_evaluate(
             on_progress=on_progress,
         )
     console = Console()
-    console.print(score_table(result))
-    console.print(published_table(result, model, judge.name, Path(rows).name))
+    console.print(score_table(result, judge.name, template))
+    console.print(published_table(result, model, f"{judge.name}, template {template}", Path(rows).name))
     if repeats > 1:
         print(f"each repeat: {', '.join(f'{mean:.3f}' for mean in result.repeats)}")
     print(
-        f"grader {judge.name}, template {judge.settings['template']}: "
+        f"grader {judge.name}, template {template}: "
         f"{result.unscorable:.1%} of verdicts unscorable; "
         f"{result.left_out} of {result.responses} responses without a score; results in {out}"
     )
@@ -85,7 +95,7 @@ def run_meta_evaluate(
 ) -> MetaResult:
     """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
     rows = load_labels(labels)[:limit]
-    settings = {"labels": labels}
+    settings = {"labels": labels, "template": None}
     if grader.endswith(".jsonl"):
         verdicts = ready_verdicts(grader, len(rows))
     else:
@@ -93,14 +103,15 @@ def run_meta_evaluate(
             open_judge(grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
             _progress("labels") as on_progress,
         ):
-            settings |= {"judging": judge.settings, "dtype": dtype, "seed": seed}
+            template = template_label(judge.settings)
+            settings |= {"template": template, "judging": judge.settings, "dtype": dtype, "seed": seed}
             verdicts = grade_labels(
                 rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
             )
     result = meta_evaluate(rows, verdicts)
     save(result, out, {"grader": grader} | settings)
     console = Console()
-    console.print(agreement_table(result, grader))
+    console.print(agreement_table(result, grader, settings["template"]))
     console.print(confusion_table(result))
     print(f"{result.rows} rows, {result.unscorable:.1%} of verdicts unscorable; results in {out}")
     return result

@@ -4,17 +4,25 @@ import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem, Teacher, TeacherConfig, Verdict, opened_thought
+from srrl_jax.grading import (
+    Grader,
+    GradingItem,
+    JudgeConfig,
+    Teacher,
+    TeacherConfig,
+    Verdict,
+    opened_thought,
+)
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.rubrics import Message, load_template, visible_response
+from srrl_jax.rubrics import Message, template_sha256, visible_response
 from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
 from srrl_jax.sampling.buckets import ladder
 
@@ -35,20 +43,6 @@ class AnswerConfig:
     max_new_tokens: int = 1024
     thinking: bool = False
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """How a checkpoint judges; see `srrl_jax.training.GradingConfig` for the fields."""
-
-    max_new_tokens: int = 256
-    thinking: bool = False
-    template: str = "shared"
-    tries: int = 3
-    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
-    verdict: Literal["generate", "constrained", "logits"] = "generate"
-    votes: int = 1
-    together: bool = False
 
 
 class Checkpoint:
@@ -103,11 +97,7 @@ class Checkpoint:
 
     def grade(self, items: Sequence[GradingItem], key: jax.Array, config: JudgeConfig) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
-        try:
-            template = load_template(config.template)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        grader = Grader.at(config, None, self.tokenizer, template)
+        grader = Grader.at(config, None, self.tokenizer)
         prefixes, branches = zip(*map(grader.encode, items), strict=True)
         grader.sampler = self._sampler(
             map(len, prefixes),
@@ -164,7 +154,8 @@ class CheckpointJudge:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config)
+        digest = template_sha256(self.config.read_template())
+        return dataclasses.asdict(self.config) | {"template_sha256": digest}
 
     def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]:
         return self.checkpoint.grade(items, self.key, self.config)
@@ -182,7 +173,7 @@ def open_judge(
     if isinstance(grader, str) and grader.endswith((".yaml", ".yml")):
         if config != JudgeConfig():
             raise InputError(
-                f"{grader}: template, tries, votes, tokens and temperature of a teacher stand in its file; "
+                f"{grader}: how a teacher is asked (template, tries, votes, ...) stands in its file; "
                 "leave the options out"
             )
         with Teacher(TeacherConfig.load(grader)) as teacher:
@@ -191,5 +182,6 @@ def open_judge(
             finally:
                 print(f"teacher {teacher.name}: {teacher.usage}")
     else:
+        config.read_template()  # what is wrong with it is told before weights are loaded
         checkpoint = Checkpoint(grader, dtype, batch) if isinstance(grader, str) else grader
         yield CheckpointJudge(checkpoint, config, jax.random.fold_in(jax.random.key(seed), 1))

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, JudgeConfig, open_judge
-from srrl_jax.grading import GradingItem
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, open_judge
+from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl, read_jsonl
 

@@ -1,11 +1,15 @@
 """How results are shown: a model's scores, the published ones beside them, a grader's agreement."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.table import Table
 
 from srrl_jax.evaluation.agreement import Agreement, mean
 from srrl_jax.evaluation.evaluate import Result
 from srrl_jax.evaluation.meta import MetaResult
 from srrl_jax.evaluation.scores import OVERALL
+from srrl_jax.rubrics import SIMPLE_EVALS_SHA256
 
 # HealthBench Hard, 1,000 rows: arXiv 2509.25534; o3 and GPT-5 as quoted there.
 PUBLISHED = (
@@ -24,9 +28,16 @@ PUBLISHED_GRADERS = (("GPT-4.1, OpenAI's paper", 0.71), ("physicians, OpenAI's p
 _KINDS = (OVERALL, "theme:", "axis:", "level:")
 
 
-def score_table(result: Result) -> Table:
+def template_label(settings: Mapping[str, Any]) -> str:
+    """The name of the template that a judge's `settings` hold, and whether it is simple-evals' own."""
+    own = settings["template_sha256"] == SIMPLE_EVALS_SHA256
+    return f"{settings['template']} (simple-evals' own words)" if own else settings["template"]
+
+
+def score_table(result: Result, grader: str, template: str) -> Table:
     """Overall, per theme, per axis and per level: mean, bootstrap standard error, responses."""
-    table = _table("", "score", "± s.e.", "n", title="Score")
+    title = f"Score by {grader}, template {template}"
+    table = _table("", "score", "± s.e.", "n", title=title)
     for kind in _KINDS:
         for name in sorted(name for name in result.scores if name.startswith(kind)):
             score = result.scores[name]
@@ -43,13 +54,14 @@ def published_table(result: Result, model: str, grader: str, rows: str) -> Table
         entries.append((model, f"{rows} ({result.responses})", grader, result.scores[OVERALL].mean, "bold"))
     for name, what, by, score, style in sorted(entries, key=lambda entry: -entry[3]):
         table.add_row(name, what, by, f"{score:.3f}", style=style)
-    table.caption = "Scores of different rows or graders do not compare."
+    table.caption = "Scores of different rows, graders or templates do not compare."
     return table
 
 
-def agreement_table(result: MetaResult, grader: str) -> Table:
+def agreement_table(result: MetaResult, grader: str, template: str | None) -> Table:
     """The grader against physicians: pooled, per category, negative criteria apart, baselines."""
-    table = _table("", "F1 met", "F1 not met", "balanced", "pairs", title=f"Agreement with labels: {grader}")
+    title = f"Agreement with labels: {grader}" + (f", template {template}" if template else "")
+    table = _table("", "F1 met", "F1 not met", "balanced", "pairs", title=title)
     table.add_row("pooled", *_figures(result.pooled), style="bold")
     table.add_row("negative criteria", *_figures(result.negative))
     table.add_section()

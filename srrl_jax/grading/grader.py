@@ -7,28 +7,19 @@ the response is read once, whatever the number of its criteria.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
 
 from srrl_jax.grading.asking import GradingItem, Question, closing_ids
+from srrl_jax.grading.config import JudgeConfig
 from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.sampling import Sampler, score
 
 OnWave = Callable[[int, int], None]
-
-
-class Settings(Protocol):
-    """How to ask, as recipes and commands say it; see `Grader`."""
-
-    verdict: Literal["generate", "constrained", "logits"]
-    tries: int
-    thinking: bool
-    votes: int
-    together: bool
 
 
 class Grader:
@@ -64,17 +55,17 @@ class Grader:
         self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
 
     @classmethod
-    def at(cls, settings: Settings, sampler: Sampler | None, tokenizer: Tokenizer, template: str) -> Self:
-        """A grader that asks so; without a sampler it only encodes."""
+    def at(cls, config: JudgeConfig, sampler: Sampler | None, tokenizer: Tokenizer) -> Self:
+        """A grader that asks so; without a sampler it only encodes. Raises InputError for its template."""
         return cls(
             sampler,
             tokenizer,
-            template,
-            verdict=settings.verdict,
-            tries=settings.tries,
-            thinking=settings.thinking,
-            votes=settings.votes,
-            together=settings.together,
+            config.read_template(),
+            verdict=config.verdict,
+            tries=config.tries,
+            thinking=config.thinking,
+            votes=config.votes,
+            together=config.together,
         )
 
     @staticmethod

@@ -10,39 +10,25 @@ import yaml
 
 from srrl_jax.errors import InputError
 from srrl_jax.grading.asking import GradingItem
+from srrl_jax.grading.config import AskingConfig
 from srrl_jax.grading.endpoint import Endpoint, EndpointConfig, Usage
 from srrl_jax.grading.voting import Query, Reply, Verdict, poll
 from srrl_jax.parallel import gather, is_main
-from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, load_template
+from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, template_sha256
 
 DECIDES = ("base_url", "model", "system", "parameters", "template", "tries", "votes", "together")
 """The keys that decide verdicts; the others decide speed and cost."""
 
 
 @dataclass(frozen=True)
-class TeacherConfig(EndpointConfig):
-    """An endpoint, and how it is asked.
-
-    Attributes:
-      template: "shared", "healthbench", or the path of a template file.
-      tries: replies for a criterion before it is unscorable.
-      votes: replies for each criterion, of which the majority counts; odd.
-      together: ask for all criteria of a response in one query, which is cheaper.
-    """
-
-    template: str = "shared"
-    tries: int = 3
-    votes: int = 1
-    together: bool = False
+class TeacherConfig(EndpointConfig, AskingConfig):
+    """An endpoint, and how it is asked."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tries < 1:
-            raise InputError(f"tries: must be at least 1, not {self.tries}")
-        if self.votes < 1 or self.votes % 2 == 0:
-            raise InputError(f"votes: must be odd, so that a majority is clear, not {self.votes}")
+        EndpointConfig.__post_init__(self)
+        AskingConfig.__post_init__(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -70,10 +56,7 @@ class Teacher:
 
     def __init__(self, config: TeacherConfig):
         self.config, self.name = config, config.model
-        try:
-            self._template = load_template(config.template)
-        except ValueError as error:
-            raise InputError(f"teacher: template: {error}") from None
+        self._template = config.read_template()
         self._endpoint = Endpoint(config) if is_main() else None
 
     def __enter__(self) -> Self:
@@ -85,8 +68,9 @@ class Teacher:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What of the config decides verdicts."""
-        return {name: getattr(self.config, name) for name in DECIDES}
+        """What decides verdicts."""
+        decides = {name: getattr(self.config, name) for name in DECIDES}
+        return decides | {"template_sha256": template_sha256(self._template)}
 
     @property
     def usage(self) -> Usage:

@@ -8,7 +8,7 @@ import pydantic
 from etils import epath
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import TeacherConfig
+from srrl_jax.grading import JudgeConfig, TeacherConfig
 from srrl_jax.parallel import MeshConfig
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.training.settings import read_settings
@@ -60,56 +60,30 @@ class RolloutConfig:
     sampling: SamplingConfig = SamplingConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class GradingConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradingConfig(JudgeConfig):
     """How responses are graded.
 
     Attributes:
-      max_new_tokens: limit of a verdict with its explanation.
-      template: "shared", "healthbench", or the path of a template file.
       prefix_buckets: padded lengths of instructions + conversation + response.
       criterion_buckets: padded lengths of a criterion with the text after it.
       criteria_buckets: padded numbers of criteria.
       rows: responses graded at one time.
       memory_gb: as in `rollout`.
-      verdict: "generate" samples a reply with an explanation; "constrained" draws true or false alone,
-        "logits" takes the likelier of the two (see `srrl_jax.grading.Grader`).
-      votes: replies or draws for each criterion, of which the majority counts.
-      together: ask for all criteria of a response in one query.
-      tries: replies sampled for a criterion before it is unscorable.
-      thinking: whether the chat template asks for a <think> block.
       int8: as in `rollout`, for replies that are written out.
     """
 
-    max_new_tokens: int
     prefix_buckets: tuple[int, ...]
     criterion_buckets: tuple[int, ...]
     criteria_buckets: tuple[int, ...]
-    template: str = "shared"
     rows: tuple[int, ...] = (8,)
     memory_gb: float | None = None
-    verdict: Literal["generate", "constrained", "logits"] = "generate"
-    votes: int = 1
-    together: bool = False
-    tries: int = 3
-    thinking: bool = False
     int8: Literal["none", "weights", "weights_kv"] = "none"
-    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
 
     def __post_init__(self) -> None:
-        if self.votes < 1 or self.votes % 2 == 0:
-            raise InputError(f"grading.votes: must be odd, so that a majority is clear, not {self.votes}")
-        if self.verdict == "logits" and self.votes > 1:
-            raise InputError(
-                "grading.votes: verdicts from logits are all the same; set 1, or verdict: constrained"
-            )
-        off = {"together": False, "thinking": False, "int8": "none"}
-        for key, value in off.items():
-            if self.verdict != "generate" and getattr(self, key) != value:
-                raise InputError(
-                    f"grading.{key}: needs a reply that is written out; set it {str(value).lower()}, or "
-                    "verdict: generate"
-                )
+        super().__post_init__()
+        if self.verdict != "generate" and self.int8 != "none":
+            raise InputError("int8: needs a reply that is written out; set it none, or verdict: generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +268,6 @@ class TrainConfig:
             "prompts_per_step": self.prompts_per_step,
             "group_size": self.group_size - 1,
             "rollout.max_new_tokens": r.max_new_tokens,
-            "grading.max_new_tokens": g.max_new_tokens,
-            "grading.tries": g.tries,
             "optimizer.minibatches": o.minibatches,
             "optimizer.microbatch": o.microbatch,
             "optimizer.max_skipped": o.max_skipped,

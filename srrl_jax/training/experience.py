@@ -11,7 +11,7 @@ from srrl_jax.grading import Grader, GradingItem, Judge, Verdict, WeightsJudge, 
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import check_rows
-from srrl_jax.rubrics import Example, load_template, parse_verdict, score_response, visible_response
+from srrl_jax.rubrics import Example, parse_verdict, score_response, visible_response
 from srrl_jax.sampling import Buckets, Completion, Sampler, Weights
 from srrl_jax.training.config import TrainConfig
 
@@ -79,11 +79,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
 
 def make_grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
     """A grader at the recipe's settings; without a sampler it only encodes."""
-    try:
-        template = load_template(config.grading.template)
-    except ValueError as error:
-        raise InputError(f"grading.template: {error}") from None
-    return Grader.at(config.grading, sampler, tokenizer, template)
+    return Grader.at(config.grading, sampler, tokenizer)
 
 
 def samplers(

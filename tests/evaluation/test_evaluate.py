@@ -11,7 +11,10 @@ from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.evaluate import Answers, evaluate, ready_answers
 from srrl_jax.evaluation.judge import Answer
-from srrl_jax.grading import Verdict
+from srrl_jax.evaluation.tables import template_label
+from srrl_jax.grading import JudgeConfig, Verdict
+from srrl_jax.rubrics import SIMPLE_EVALS_SHA256
+from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import oracle, oracle_score
 
@@ -172,3 +175,47 @@ def test_the_embedded_model_answers_and_grades_itself(tmp_path):
     assert other.exit_code == 0 and "ready" in other.output
     again = read_jsonl(tmp_path / "ready" / "samples.jsonl")
     assert [s["criteria"] for s in again] == [s["criteria"] for s in samples]
+
+
+def test_simple_evals_own_template_is_known_by_its_text():
+    settings = {"template": "x/healthbench_eval.py", "template_sha256": SIMPLE_EVALS_SHA256}
+    assert template_label(settings) == "x/healthbench_eval.py (simple-evals' own words)"
+    assert template_label(settings | {"template_sha256": "other"}) == "x/healthbench_eval.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs", "prefix"),
+    [
+        (("grade", "MODEL", "IN", "OUT"), "lines.grade_file", ""),
+        (("evaluate", "MODEL", "ROWS", "--out", "OUT"), "commands.run_evaluate", "grader-"),
+        (("meta-evaluate", "MODEL", "LABELS", "--out", "OUT"), "commands.run_meta_evaluate", ""),
+    ],
+    ids=["grade", "evaluate", "meta-evaluate"],
+)
+def test_all_commands_that_judge_take_the_same_options(arguments, runs, prefix, monkeypatch):
+    asked = []
+
+    def judged(*_, config=None, judging=None, **__):
+        asked.append(config or judging)
+
+    monkeypatch.setattr(f"srrl_jax.evaluation.{runs}", judged)
+    srrl(*arguments)
+    srrl(*arguments, "--votes", 3, "--together", "--template", "healthbench", "--tries", 2,
+         f"--{prefix}temperature", 1, f"--{prefix}max-new-tokens", 9, f"--{prefix}thinking")  # fmt: skip
+    srrl(*arguments, "--verdict", "constrained")
+    sampling = SamplingConfig(temperature=1, top_k=20, top_p=0.95)
+    assert asked == [
+        JudgeConfig(),
+        JudgeConfig(
+            template="healthbench",
+            tries=2,
+            votes=3,
+            together=True,
+            max_new_tokens=9,
+            thinking=True,
+            sampling=sampling,
+        ),
+        JudgeConfig(verdict="constrained"),
+    ]
+    with pytest.raises(InputError, match="votes: must be odd"):
+        srrl(*arguments, "--votes", 2)

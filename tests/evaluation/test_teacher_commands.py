@@ -71,13 +71,14 @@ def test_evaluate_takes_a_teacher_and_loads_no_model(teacher, completions, tmp_p
     path, scores = completions
     command = ("evaluate", "someone", HARD, "--completions", path, "--limit", 3, "--grader", teacher)
     done = srrl(*command, "--out", tmp_path / "out")
-    assert done.exit_code == 0 and "oracle-1" in done.output
+    assert done.exit_code == 0
+    assert f"grader oracle-1, template {WORLD / 'grader.txt'}: " in " ".join(done.output.split())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["grader"] == "oracle-1"
+    assert (results["grader"], results["template"]) == ("oracle-1", str(WORLD / "grader.txt"))
     assert results["scores"]["overall"]["mean"] == pytest.approx(max(0, sum(scores) / 3))
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(b"sk-very-secret" in data for data in written)
-    with pytest.raises(InputError, match="stand in its file; leave the options out"):
+    with pytest.raises(InputError, match="stands in its file; leave the options out"):
         srrl(*command, "--out", tmp_path / "other", "--tries", 1)
 
 
@@ -92,4 +93,5 @@ def test_meta_evaluate_takes_a_teacher(teacher, tmp_path):
     assert srrl("meta-evaluate", teacher, labels, "--out", tmp_path / "out").exit_code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["grader"] == str(teacher) and results["unscorable"] == 0
+    assert results["template"] == str(WORLD / "grader.txt")
     assert results["pooled"]["only_verdict"] == results["pooled"]["only_label"] == 0
