@@ -1,6 +1,7 @@
 """Makes the embedded tiny model: tokenizer, rows, and a Qwen3 pretrained from scratch.
 
     python scripts/make_tiny_model.py [--steps 1000] [--out srrl_jax/tinyworld/checkpoint]
+    python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy      # the embedded one, made worse
 
 The model learns two things from the tiny world's corpus: to answer guests with mixed quality, and to
 grade an answer by one rule with an explanation and a verdict. Everything is drawn from fixed seeds;
@@ -111,14 +112,30 @@ def train_step(graphdef, optimizer, params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state, losses
 
 
+def spoil(size: float, out: Path) -> None:
+    """The embedded model with noise in every matrix, of `size` deviations of its entries."""
+    model, rng = Qwen3.from_pretrained(CHECKPOINT), np.random.default_rng(0)
+
+    def noisy(x: jax.Array) -> jax.Array:
+        noise = size * float(x.std()) * rng.normal(size=x.shape)
+        return x if x.ndim < 2 else x + jnp.asarray(noise, x.dtype)
+
+    nnx.update(model, jax.tree.map(noisy, nnx.state(model)))
+    model.save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
+    parser.add_argument("--noise", type=float, help="train nothing: spoil the embedded model by so much")
     args = parser.parse_args()
 
     train_tokenizer(args.out)
+    if args.noise is not None:
+        spoil(args.noise, args.out)
+        return
     tokenizer = load_tokenizer(args.out)
     template = load_template(str(GRADER_TEMPLATE))
     config = Qwen3Config(

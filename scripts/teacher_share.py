@@ -1,17 +1,20 @@
 """What a share of teacher-graded lessons does to a base that grades badly, in the tiny world.
 
-    python scripts/make_tiny_model.py --steps 250 --out runs/weak
-    python scripts/teacher_share.py model=runs/weak [key=value ...]
+    python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy
+    python scripts/teacher_share.py model=runs/noisy [key=value ...]
 
 The teacher is the oracle, asked about the base's own answers to 40 training rows alone. Each run is the
-demo's recipe with another share of lessons; the table sets grading and answering side by side.
+demo's recipe with another share of lessons; the table sets grading and answering side by side, as mean and
+standard error over seeds. Stopped, the same command goes on.
 """
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 from demo import grader_accuracy, oracle_curve
 from flax import nnx
 from rich.console import Console
@@ -30,47 +33,78 @@ from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import SelfRewarder
 
 SHARES = (0, 0.01, 0.05, 0.2)
+SEEDS = (0, 1, 2)
 ROWS = 40
-RECIPE = ["steps=30", "eval.every=30", "rollout.prompt_buckets=[136]"]
+ROOT = Path("runs/teacher_share")
+RECIPE = [
+    "steps=20",
+    "prompts_per_step=8",
+    "optimizer.microbatch=8",
+    "optimizer.learning_rate=3e-4",
+    "eval.every=20",
+    "eval.frozen=false",
+    "rollout.prompt_buckets=[36, 136]",
+    f"data.teacher={ROOT / 'lessons.jsonl'}",
+]
 
 
-def write_lessons(config: TrainConfig, path: Path) -> None:
-    """The oracle's verdicts on the base's answers to the first rows, as `srrl grade` writes them."""
+def write_lessons(config: TrainConfig) -> Counter:
+    """The oracle's verdicts on the base's answers to the first rows, as `srrl grade` writes them; counted."""
     examples = load_examples(config.data.train)[:ROWS]
     answering = AnswerConfig(config.rollout.max_new_tokens, sampling=SamplingConfig())
     prompts = [example.prompt for example in examples]
     answers = Checkpoint(config.model).answer(prompts, range(ROWS), jax.random.key(0), answering)
+    path = Path(config.data.teacher)
     path.parent.mkdir(parents=True, exist_ok=True)
+    met = Counter()
     with path.open("w") as file:
         for example, answer in zip(examples, answers, strict=True):
             verdicts = [{"met": oracle(answer.response, c.criterion)} for c in example.rubrics]
+            met.update(verdict["met"] for verdict in verdicts)
             line = example.to_dict() | {"response": answer.response, "verdicts": verdicts}
             file.write(json.dumps(line) + "\n")
+    return met
+
+
+def figures(config: TrainConfig) -> tuple[list[float], list[float]]:
+    """Grader accuracy, oracle score and self-given score on Hard before and after a run."""
+    final = train(config)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model = Qwen3.from_pretrained(config.model, mesh=mesh)
+        rewarder = SelfRewarder(model, load_tokenizer(config.model), config, mesh)
+        accuracy = [grader_accuracy(rewarder, p) for p in (nnx.state(model), final.params)]
+    run_dir = Path(config.run_dir)
+    truth = [score for _, score in oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval")]
+    own = [row["eval/self"] for row in read_jsonl(run_dir / "metrics.jsonl") if "eval/self" in row]
+    before, after = ([column[place] for column in (accuracy, truth, own)] for place in (0, -1))
+    return before, after
+
+
+def add_row(table: Table, name: str, runs: list[list[float]]) -> None:
+    means = np.mean(runs, axis=0)
+    errors = np.std(runs, axis=0, ddof=1) / len(runs) ** 0.5
+    table.add_row(name, *[f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True)])
 
 
 def main() -> None:
-    root = Path("runs/teacher_share")
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / "programs"))
     base = TrainConfig.load("configs/demo.yaml", RECIPE + sys.argv[1:])
-    lessons = root / "lessons.jsonl"
-    write_lessons(base, lessons)
+    met = write_lessons(base)
+    print(f"lessons: {met[True]} met, {met[False]} not met", flush=True)
     table = Table(title=f"{base.steps} steps of {base.prompts_per_step} prompts; lessons from {ROWS} rows")
     for column in ("lessons", "grader accuracy", "oracle score, Hard", "score it gives itself"):
         table.add_column(column, justify="right")
     for share in SHARES:
-        run_dir = root / f"share_{share}"
-        keys = [f"run_dir={run_dir}", f"data.teacher={lessons}", f"data.teacher_share={share}"]
-        config = TrainConfig.load("configs/demo.yaml", RECIPE + sys.argv[1:] + keys)
-        final = train(config)
-        mesh = make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            model = Qwen3.from_pretrained(config.model, mesh=mesh)
-            rewarder = SelfRewarder(model, load_tokenizer(config.model), config, mesh)
-            before, after = (grader_accuracy(rewarder, p) for p in (nnx.state(model), final.params))
-        truth = [score for _, score in oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval")]
-        own = [row["eval/self"] for row in read_jsonl(run_dir / "metrics.jsonl") if "eval/self" in row]
+        runs = []
+        for seed in SEEDS:
+            keys = [f"run_dir={ROOT}/share_{share}_{seed}", f"data.teacher_share={share}", f"seed={seed}"]
+            runs.append(figures(TrainConfig.load("configs/demo.yaml", RECIPE + sys.argv[1:] + keys)))
+            print(share, seed, *runs[-1], flush=True)
+        before, after = zip(*runs, strict=True)
         if share == SHARES[0]:
-            table.add_row("before", f"{before:.3f}", f"{truth[0]:.3f}", f"{own[0]:.3f}")
-        table.add_row(f"{share:.0%}", f"{after:.3f}", f"{truth[-1]:.3f}", f"{own[-1]:.3f}")
+            add_row(table, "before", before)
+        add_row(table, f"{share:.0%}", after)
     Console().print(table)
 
 
