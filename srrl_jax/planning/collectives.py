@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
@@ -19,7 +21,11 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]<=)")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
+
+Groups = tuple[tuple[int, ...], ...]
 
 
 class Collective(NamedTuple):
@@ -28,26 +34,28 @@ class Collective(NamedTuple):
     Attributes:
       kind: of `KINDS`.
       arrays: its result on a device, as the text has it: "bf16[1024,512]".
-      group: devices that take part.
+      groups: devices that take part together, by their place in the mesh; of a permute, those that send
+        and receive.
       runs: how often it runs in one run of the program.
       loops: names of the while bodies around it, outermost first.
     """
 
     kind: str
     arrays: tuple[str, ...]
-    group: int
+    groups: Groups
     runs: int
     loops: tuple[str, ...]
 
     @property
     def bytes(self) -> float:
         """That a device sends in one run of the instruction, by the ring algorithms."""
-        size, others = sum(map(array_bytes, self.arrays)), (self.group - 1) / self.group
+        size, group = sum(map(array_bytes, self.arrays)), len(self.groups[0])
+        others = (group - 1) / group
         match self.kind:
             case "all-reduce":
                 return 2 * size * others
             case "reduce-scatter":  # the result is one part of what is reduced
-                return size * (self.group - 1)
+                return size * (group - 1)
             case "collective-permute":
                 return size
         return size * others
@@ -60,6 +68,24 @@ def array_bytes(array: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
 
 
+def share_outside(kind: str, groups: Groups, island: int) -> float:
+    """Of what a device sends in a collective, the part that leaves its island.
+
+    A ring through all islands crosses each border once, and as many rings run side by side as a group has
+    members on an island: each of them sends only its part across. Of all-to-all it is what is for others.
+
+    Args:
+      island: devices in a row that are on one, such as a slice.
+    """
+    shares = [0.0]
+    for group in groups:
+        members = np.bincount([device // island for device in group])
+        if np.count_nonzero(members) > 1:
+            most = members.max()
+            shares.append(1 - most / len(group) if kind.endswith("all-to-all") else 1 / most)
+    return float(max(shares))
+
+
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program's text.
 
@@ -68,6 +94,8 @@ def collectives(text: str) -> list[Collective]:
     which for a loop that may end early is its limit.
     """
     bodies, entry = _computations(text)
+    devices = _DEVICES.search(text)
+    everyone = (tuple(range(int(devices[1]))),) if devices else ((0, 1),)
     found = []
 
     def walk(name: str, runs: int, loops: tuple[str, ...]) -> None:
@@ -78,7 +106,8 @@ def collectives(text: str) -> list[Collective]:
             _, result, operation, rest = match.groups()
             kind = operation.removesuffix("-start")
             if kind in KINDS:
-                found.append(Collective(kind, _results(result, operation), _group(rest), runs, loops))
+                groups = _groups(rest) or everyone
+                found.append(Collective(kind, _results(result, operation), groups, runs, loops))
             elif operation == "while":
                 called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
                 times = _trips(rest, bodies, called["condition"])
@@ -97,6 +126,11 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
     for collective in found:
         total[collective.kind] += collective.bytes * collective.runs
     return {kind: float(size) for kind, size in total.items() if size}
+
+
+def bytes_outside(found: list[Collective], island: int) -> float:
+    """Of them, those that leave an island, see `share_outside`."""
+    return sum(c.bytes * c.runs * share_outside(c.kind, c.groups, island) for c in found)
 
 
 def largest_array(text: str) -> str:
@@ -148,8 +182,17 @@ def _results(result: str, operation: str) -> tuple[str, ...]:
     return tuple(arrays)
 
 
-def _group(rest: str) -> int:
-    match = _GROUPS.search(rest)
-    if not match:
-        return 2  # a permute has pairs
-    return len(match[1].split(",")) if match[1] else int(match[3])
+def _groups(rest: str) -> Groups:
+    """As the text lists them, or as the parts of an array of consecutive numbers; none stand for all."""
+    if iota := _IOTA.search(rest):
+        count, size, shape, order = iota.groups()
+        ids = np.arange(int(count) * int(size)).reshape(_numbers(shape))
+        ids = ids.transpose(_numbers(order)) if order else ids
+        return tuple(map(tuple, ids.reshape(int(count), int(size)).tolist()))
+    if listed := _LISTED.search(rest):
+        return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    return ()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

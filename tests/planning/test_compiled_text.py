@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("uncached")
 def rollout(setup):
     compiler = Compiler("rollout")
     with jax.set_mesh(setup.mesh):
-        programs.sampling(compiler, setup, setup.rollout, setup.config.prompts_per_step)
+        programs.sampling(compiler, setup, setup.config.prompts_per_step)
     return compiler
 
 
