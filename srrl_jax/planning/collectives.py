@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
+from srrl_jax.planning.groups import Groups, groups_of, share_outside
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -21,11 +21,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
-_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _DEVICES = re.compile(r"num_partitions=(\d+)")
-
-Groups = tuple[tuple[int, ...], ...]
 
 
 class Collective(NamedTuple):
@@ -68,24 +64,6 @@ def array_bytes(array: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
 
 
-def share_outside(kind: str, groups: Groups, island: int) -> float:
-    """Of what a device sends in a collective, the part that leaves its island.
-
-    A ring through all islands crosses each border once, and as many rings run side by side as a group has
-    members on an island: each of them sends only its part across. Of all-to-all it is what is for others.
-
-    Args:
-      island: devices in a row that are on one, such as a slice.
-    """
-    shares = [0.0]
-    for group in groups:
-        members = np.bincount([device // island for device in group])
-        if np.count_nonzero(members) > 1:
-            most = members.max()
-            shares.append(1 - most / len(group) if kind.endswith("all-to-all") else 1 / most)
-    return float(max(shares))
-
-
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program's text.
 
@@ -106,7 +84,7 @@ def collectives(text: str) -> list[Collective]:
             _, result, operation, rest = match.groups()
             kind = operation.removesuffix("-start")
             if kind in KINDS:
-                groups = _groups(rest) or everyone
+                groups = groups_of(rest) or everyone
                 found.append(Collective(kind, _results(result, operation), groups, runs, loops))
             elif operation == "while":
                 called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
@@ -130,7 +108,7 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
 
 def bytes_outside(found: list[Collective], island: int) -> float:
     """Of them, those that leave an island, see `share_outside`."""
-    return sum(c.bytes * c.runs * share_outside(c.kind, c.groups, island) for c in found)
+    return float(sum(c.bytes * c.runs * share_outside(c.kind, c.groups, island) for c in found))
 
 
 def largest_array(text: str) -> str:
@@ -180,19 +158,3 @@ def _results(result: str, operation: str) -> tuple[str, ...]:
         arrays = [a for a in arrays if not a.endswith("[]")]
         arrays = arrays[len(arrays) // 2 :]
     return tuple(arrays)
-
-
-def _groups(rest: str) -> Groups:
-    """As the text lists them, or as the parts of an array of consecutive numbers; none stand for all."""
-    if iota := _IOTA.search(rest):
-        count, size, shape, order = iota.groups()
-        ids = np.arange(int(count) * int(size)).reshape(_numbers(shape))
-        ids = ids.transpose(_numbers(order)) if order else ids
-        return tuple(map(tuple, ids.reshape(int(count), int(size)).tolist()))
-    if listed := _LISTED.search(rest):
-        return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    return ()
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))

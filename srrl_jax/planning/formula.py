@@ -6,8 +6,8 @@ import numpy as np
 from srrl_jax.parallel import row_shards
 from srrl_jax.planning import counts
 from srrl_jax.planning.chips import GIB
-from srrl_jax.planning.collectives import Groups, share_outside
 from srrl_jax.planning.counts import Tree
+from srrl_jax.planning.groups import Groups, share_outside
 from srrl_jax.planning.programs import Compiled, Setup, bytes_here
 
 

@@ -166,11 +166,20 @@ class Compiler:
 
         Raises:
           DoesNotFit: for lack of memory; `found` holds the refusal.
+          InputError: a library of the compiler is missing.
         """
         name = f"{self.group}/{program.__name__}"
         self.on_start(name)
         start = time.perf_counter()
-        lowered = program.lower(*args, **static)
+        try:
+            lowered = program.lower(*args, **static)
+        except RuntimeError as error:
+            if "cuDNN not found" not in str(error):
+                raise
+            raise InputError(
+                "srrl plan for a GPU needs cuDNN for this attention: pip install 'srrl-jax[plan-gpu]', or "
+                "set attention=xla"
+            ) from None
         size = bytes_here(held)
         try:
             compiled = lowered.compile(compiler_options=_options())

@@ -6,8 +6,8 @@ from srrl_jax.planning.collectives import (
     bytes_outside,
     collectives,
     largest_array,
-    share_outside,
 )
+from srrl_jax.planning.groups import share_outside
 
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -66,6 +66,11 @@ def test_bytes_are_those_of_ring_algorithms():
         ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
         ("replica_groups={}", (tuple(range(8)),)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'c'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}", ((3, 2), (1, 0))),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
     ],
 )
 def test_who_takes_part(written, groups):
