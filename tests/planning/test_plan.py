@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from srrl_jax.cli import app
 from srrl_jax.errors import InputError
-from srrl_jax.planning import chips
+from srrl_jax.planning import chips, programs
 from srrl_jax.planning import plan as planning
 from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import GIB, Topology
@@ -183,6 +183,29 @@ def test_a_plan_holds_what_training_holds(planned, rank):
     assert facts((setup.learnt, setup.opt_state)) == facts(tuple(state))
     assert facts(setup.params) == facts(everything) == facts(beside)
     assert bytes_here(setup.beside("update")) == sum(x.nbytes for x in jax.tree.leaves(state.params))
+
+
+def test_adapters_alone_are_updated(stand_in, planned):
+    """Base weights go in and do not come out; of products with them the backward pass has one less."""
+    recipe = planned("mesh.fsdp=1", "mesh.tensor=1", "lora.rank=4")
+    setup = Setup.of(recipe, model_config(recipe.model), jax.devices()[:1])
+    traced = []
+
+    def trace(program, *args, held):
+        traced.append((args, program.eval_shape(*args)))
+
+    with jax.set_mesh(setup.mesh):
+        programs.update(trace, setup)
+    (args, (params, opt_state, _)), shapes = traced[0], lambda tree: jax.tree.map(lambda x: x.shape, tree)
+    assert shapes((params, opt_state)) == shapes((setup.learnt, setup.opt_state))
+    assert args[-1] is setup.base and bytes_here(setup.opt_state) < bytes_here(setup.base) / 2
+
+    stand_in(1.0)
+    lora, full = (
+        make_plan(planned("mesh.fsdp=1", "mesh.tensor=1", *rank), Topology("v5e", (1,)), MEANS, Cache(None))
+        for rank in (["lora.rank=4"], [])
+    )
+    assert 0.6 < lora.phases[-1].flops / full.phases[-1].flops < 0.75
 
 
 def test_gpus_are_planned_by_formula(planned, monkeypatch):
