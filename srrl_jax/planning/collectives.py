@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from srrl_jax.planning.groups import Groups, groups_of, share_outside
+from srrl_jax.planning.groups import Groups, between_slices, groups_of, share_outside
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -72,8 +72,8 @@ def collectives(text: str) -> list[Collective]:
     which for a loop that may end early is its limit.
     """
     bodies, entry = _computations(text)
-    devices = _DEVICES.search(text)
-    everyone = (tuple(range(int(devices[1]))),) if devices else ((0, 1),)
+    devices = int(found[1]) if (found := _DEVICES.search(text)) else 2
+    everyone = (tuple(range(devices)),)
     found = []
 
     def walk(name: str, runs: int, loops: tuple[str, ...]) -> None:
@@ -86,6 +86,9 @@ def collectives(text: str) -> list[Collective]:
             if kind in KINDS:
                 groups = groups_of(rest) or everyone
                 found.append(Collective(kind, _results(result, operation), groups, runs, loops))
+            elif operation == "recv" and (between := between_slices(rest, devices)):
+                kind, groups = between
+                found.append(Collective(kind, _results(result, operation)[:1], groups, runs, loops))
             elif operation == "while":
                 called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
                 times = _trips(rest, bodies, called["condition"])

@@ -12,6 +12,7 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})
 _CONSECUTIVE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=" + _CONSECUTIVE)
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}")
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
@@ -45,6 +46,22 @@ def groups_of(instruction: str) -> Groups:
     if listed := _LISTED.search(instruction):
         return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     return ()
+
+
+def between_slices(instruction: str, devices: int) -> tuple[str, Groups] | None:
+    """Kind and groups of a collective between slices, None where the text of a "recv" is of none.
+
+    libtpu compiles for one slice of `devices`; to the others it has transfers by the host's network.
+    """
+    if not (found := _BETWEEN.search(instruction)):
+        return None
+    slices, kind = found.groups()
+    count = 0
+    for part in slices.split(","):  # "0,1", or "0:1" from the first to the last
+        first, _, last = part.partition(":")
+        count += int(last or first) - int(first) + 1
+    ids = np.arange(count * devices).reshape(count, devices)
+    return kind.lower().replace("_", "-"), _rows(ids.T)
 
 
 def _along(mesh: str, devices: str | None, axes: str) -> Groups:

@@ -92,6 +92,16 @@ def test_what_leaves_an_island():
     assert bytes_outside(collectives(TEXT), island=4) == 0
 
 
+def test_between_slices_libtpu_writes_host_transfers():
+    """Of a program for one slice of 8 devices: the first of each slice add up, the second, and so on."""
+    names = '_xla_megascale_target="{0,1}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    line = "  %r = (f32[24,8]{1,0}, u32[], token[]) recv(%token), channel_id=5, frontend_attributes={" + names
+    (found,) = (c for c in collectives(TEXT.replace("  %done", line + "}\n  %done")) if len(c.groups) == 8)
+    assert found.arrays == ("f32[24,8]",) and found.runs == 5
+    assert found.groups == tuple((i, i + 8) for i in range(8))
+    assert bytes_outside([found], island=8) == found.bytes * 5 == 5 * 24 * 8 * 4
+
+
 def test_the_largest_array():
     assert largest_array(TEXT) == "bf16[16,64]"
     assert array_bytes("f8e4m3fn[10]") == 10 and array_bytes("pred[3,3]") == 9 and array_bytes("s4[8]") == 4
