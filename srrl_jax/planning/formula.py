@@ -1,5 +1,7 @@
 """Memory and collectives by formula, where there is no compiler for the devices."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 
@@ -47,37 +49,41 @@ def _program(group: str, program: str, setup: Setup, tree: Tree, island: int) ->
     decoding = {"weights of rollouts": acting, "keys and values": cache}
     match program:
         case "unstack":
-            extra, sent = {"weights of rollouts": acting}, {"all-gather": gathered}
+            extra, sent = {"weights of rollouts": acting}, [("all-gather", "fsdp", gathered)]
         case "prefill":
             extra = decoding | {"one layer": layer}
-            sent = {"all-gather": gathered, "all-reduce": tokens * summed}
+            sent = [("all-gather", "fsdp", gathered), ("all-reduce", "tensor", tokens * summed)]
         case "decode":
             extra = decoding | {"logits": logits}
-            sent = {"all-reduce": setup.sampler(group).chunk * slots * summed}
+            sent = [("all-reduce", "tensor", setup.sampler(group).chunk * slots * summed)]
         case "completion_logprobs":
             extra = {"one layer": layer}
-            sent = {"all-gather": passes * gathered, "all-reduce": passes * tokens * summed}
+            sent = [
+                ("all-gather", "fsdp", passes * gathered),
+                ("all-reduce", "tensor", passes * tokens * summed),
+            ]
         case "update":
             extra = {
                 "gradients": 2 * learnt,  # of a microbatch, and their sum
                 "inputs of all layers": hidden * width * c.num_hidden_layers,
                 "one layer": 3 * layer,
             }
-            sent = {
-                "all-gather": passes * 2 * gathered,
-                "reduce-scatter": passes * (mesh["fsdp"] - 1) * learnt,
-                "all-reduce": passes * 3 * tokens * summed,
-            }
-    sent = {kind: float(size) for kind, size in sent.items() if size}
-    # Sums are over the axis tensor, and what is gathered and scattered is cut over fsdp.
-    axes = {kind: "tensor" if kind == "all-reduce" else "fsdp" for kind in sent}
-    outside = sum(
-        size * share_outside(kind, _groups(setup.mesh, axes[kind]), island) for kind, size in sent.items()
-    )
+            copies = [axis for axis in mesh if axis not in ("fsdp", "tensor", "expert")]  # of all weights
+            sent = [
+                ("all-gather", "fsdp", passes * 2 * gathered),
+                ("reduce-scatter", "fsdp", passes * (mesh["fsdp"] - 1) * learnt),
+                ("all-reduce", "tensor", passes * 3 * tokens * summed),
+                *(("all-reduce", axis, passes * 2 * (1 - 1 / mesh[axis]) * learnt) for axis in copies),
+            ]
+    total: Counter[str] = Counter()
+    for kind, _, size in sent:
+        total[kind] += size
+    outside = sum(size * share_outside(kind, _groups(setup.mesh, axis), island) for kind, axis, size in sent)
     parts = held | extra
     largest = max(parts, key=parts.get)
     return Compiled(
-        f"{group}/{program}", int(sum(parts.values())), sum(held.values()), sent, outside,
+        f"{group}/{program}", int(sum(parts.values())), sum(held.values()),
+        {kind: float(size) for kind, size in total.items() if size}, float(outside),
         f"{largest} ({parts[largest] / GIB:.2f} GiB)", 0.0,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from srrl_jax.cli import app
 from srrl_jax.errors import InputError
-from srrl_jax.planning import chips, programs
+from srrl_jax.planning import chips, counts, programs
 from srrl_jax.planning import plan as planning
 from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import GIB, Topology
@@ -215,6 +215,14 @@ def test_gpus_are_planned_by_formula(planned, monkeypatch):
     recipe = planned("mesh.fsdp=1", "mesh.tensor=1")
     plan = make_plan(recipe, Topology("h100", (1, 1)), MEANS, Cache(None))
     assert plan.fits and not any(p.compiled for p in plan.phases)
+    # Two nodes hold all weights each: what an update's microbatches sum of gradients passes the network.
+    recipe = planned("mesh.fsdp=1", "mesh.tensor=1", "mesh.data=2")
+    update = make_plan(recipe, Topology("h100", (2, 1)), MEANS, Cache(None)).phases[-1]
+    weights = 4 * counts.parameters(model_config(recipe.model))
+    assert update.network_bytes == update.collective_bytes["all-reduce"]
+    assert update.network_bytes == pytest.approx(2 * weights, rel=0.01), (
+        "half of it both ways, for 2 microbatches"
+    )
     assert "nothing was compiled" in shown(plan)
     monkeypatch.setitem(chips.CHIPS, "h100", dataclasses.replace(chips.CHIPS["h100"], hbm=2**20))
     recipe = planned("mesh.fsdp=1", "mesh.tensor=1", "rollout.memory_gb=1", "grading.memory_gb=1")
