@@ -310,7 +310,10 @@ def _runs(group: str, program: str, setup: Setup, a: Assumptions) -> float:
         size = fit(min(branches, table[-1]), table, "--criteria") / table[-1]
         waves, mean = math.ceil(waves * a.tries), a.verdict
     match program:
-        case "unstack" | "empty":
+        case "unstack":  # the policy moves once for both
+            alike = (c.rollout.int8 == "none") == (c.grading.int8 == "none")
+            return 0 if not rollout and c.grader == "policy" and alike else 1
+        case "empty":
             return 1
         case "prefill" | "admit" | "next_logprobs":
             return waves * size

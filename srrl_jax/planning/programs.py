@@ -205,6 +205,12 @@ class Compiler:
         )
         return jax.tree.map(_shaped, lowered.out_info, compiled.output_shardings)
 
+    def hold(self, arrays: Any) -> None:
+        """Counts arrays that lie beside the last program too."""
+        last, size = self.found[-1], bytes_here(arrays)
+        more = dict(peak_bytes=last.peak_bytes + size, held_bytes=last.held_bytes + size)
+        self.found[-1] = last._replace(**more)
+
 
 def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
     """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
@@ -220,6 +226,9 @@ def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
     decoder = compiler(unstack, sampler.graphdef, setup.params, mesh, sampler.int8_weights, held=others)
+    if compiler.group == "grade" and setup.config.frozen_grades:
+        compiler.hold(decoder)  # the policy's are beside those of the start
+        others = (*others, decoder)
     wave = schedule.next_wave()
     prefix, width, shift = schedule.sizes(wave)
     running = compiler(
