@@ -92,14 +92,19 @@ def decode_step(c: Qwen3Config, tree: Tree, width: int) -> Work:
     return layers + head(c, slots, width)
 
 
-def update(c: Qwen3Config, tree: Tree, width: int, causal: bool, remat: str) -> Work:
-    """Value and gradient over a microbatch, whose layers and head the backward pass computes again."""
+def update(c: Qwen3Config, tree: Tree, width: int, causal: bool, remat: str, frozen: bool = False) -> Work:
+    """Value and gradient over a microbatch, whose layers and head the backward pass computes again.
+
+    `frozen`: without gradients of the matrices (LoRA, whose own products are left out).
+    """
     once = forward(c, tree, width, causal)
-    attention = once.flops - 2 * layer_weights(c) * tree.tokens
+    products = 2 * layer_weights(c) * tree.tokens
+    attention = once.flops - products
     again = {"none": 0, "full": once.flops, "dots": attention}[remat]
-    layers = Work(3 * once.flops + again, 4 * once.traffic, 3 * once.weights)
+    passes = 3 * once.flops - (products if frozen else 0)
+    layers = Work(passes + again, 4 * once.traffic, 3 * once.weights)
     logits = head(c, tree.n * tree.b * tree.l, width)
-    return layers + logits._replace(traffic=0).times(4)
+    return layers + logits._replace(traffic=0).times(3 if frozen else 4)
 
 
 def adamw(parameters: int) -> Work:

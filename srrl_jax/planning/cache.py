@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from srrl_jax.training.config import TrainConfig
 
 # Rooms whose code makes the programs.
 _ROOMS = ("models", "parallel", "sampling", "training", "planning", "losses.py")
+_COMPILERS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 # Keys of a recipe that no program depends on.
 _APART = ("run_dir", "data", "seed", "steps", "checkpoint")
 
@@ -60,7 +62,5 @@ def _key(name: str, config: TrainConfig, topology: Topology) -> str:
 
 
 def _compiler() -> list[str]:
-    try:
-        return [jax.__version__, importlib.metadata.version("libtpu")]
-    except importlib.metadata.PackageNotFoundError:
-        return [jax.__version__]
+    found = (importlib.metadata.distribution(name) for name in _COMPILERS if importlib.util.find_spec(name))
+    return [jax.__version__, *(f"{d.name} {d.version}" for d in found)]

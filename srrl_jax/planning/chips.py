@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+from pathlib import Path
 from typing import Self
 
 import jax
@@ -12,8 +13,9 @@ import jax
 from srrl_jax.errors import InputError
 from srrl_jax.parallel.chips import CHIPS, Chip
 
-H100_NETWORK = 400e9 / 8
-GPUS_OF_A_NODE = 8
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_H100 = Path(__file__).with_name("h100.txt")  # what XLA wants to know of a GPU that is not there
+JAX_SHARE = 0.75  # of a GPU's memory, that JAX takes for programs unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Topology:
 
     @property
     def compiles(self) -> bool:
-        """Whether programs are compiled for it; for GPUs all is by formula."""
-        return self.kind != "h100"
+        """Whether programs are compiled for it; without JAX's CUDA plugin all of a GPU's is by formula."""
+        return self.kind != "h100" or any(importlib.util.find_spec(name) for name in _CUDA_PLUGINS)
 
     @property
     def chips(self) -> int:
@@ -61,20 +63,21 @@ class Topology:
         return self.chips * (2 if self.kind == "v4" else 1)
 
     @property
+    def island(self) -> int:
+        """Devices in a row that links join: those of a slice, or of a node of GPUs."""
+        return self.shape[-1] if self.kind == "h100" else self.size // self.slices
+
+    @property
     def chip(self) -> Chip:
         """Nothing is published of a CPU: one core as measured, its share of the memory, links as guessed."""
-        if self.kind != "cpu":
-            return CHIPS[self.kind]
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Chip(80e9, memory // self.size, 15e9, 5e9)
-
-    def links(self, kind: str, tensor: int) -> float:
-        """Bytes/s that a device sends in a collective of a kind.
-
-        Tensor parallelism, whose are the sums, stays within a node of GPUs where it is no wider.
-        """
-        within = self.size <= GPUS_OF_A_NODE or (kind == "all-reduce" and tensor <= GPUS_OF_A_NODE)
-        return H100_NETWORK if self.kind == "h100" and not within else self.chip.links
+        if self.kind == "cpu":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return Chip(80e9, memory // self.size, 15e9, 5e9, 1e9)
+        chip = CHIPS[self.kind]
+        if self.kind == "h100":
+            share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", JAX_SHARE))
+            chip = dataclasses.replace(chip, hbm=int(share * chip.hbm))
+        return chip
 
     def devices(self) -> list:
         """Devices to compile for. Nothing may have asked JAX for devices in this process before a "cpu".
@@ -82,23 +85,27 @@ class Topology:
         Raises:
           InputError: the compiler is not installed, or does not know the shape.
         """
-        if self.kind in (
-            "cpu",
-            "h100",
-        ):  # for GPUs nothing is compiled, only shapes and placements are wanted
+        if self.kind == "cpu" or not self.compiles:  # for a formula only shapes and placements are wanted
             return _virtual(self.size)
+        if self.kind == "h100":
+            nodes = self.size // self.island
+            options = {"target_config": _H100.read_text(), "topology": f"1x{nodes}x{self.island}"}
+            return self._described("cuda", "", options)
         if importlib.util.find_spec("libtpu") is None:
             raise InputError("srrl plan for a TPU needs libtpu: pip install 'srrl-jax[aot]'")
-        from jax.experimental import topologies
-
         # libtpu would ask the metadata server of a TPU VM what it is, and lock the chips.
         os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
         options = {"num_slices": self.slices} if self.slices > 1 else {}
-        name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        return self._described("tpu", f"{self.kind}:{'x'.join(map(str, self.shape))}", options)
+
+    def _described(self, platform: str, name: str, options: dict) -> list:
+        from jax.experimental import topologies
+
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+            return topologies.get_topology_desc(name, platform, **options).devices
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-            raise InputError(f"--topology {self}: libtpu refuses it: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--topology {self}: the compiler for {platform} refuses it: {reason}") from None
 
 
 def _virtual(count: int) -> list:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from srrl_jax.planning.groups import Groups, between_slices, groups_of, share_outside
+
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
@@ -19,7 +21,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]<=)")
+_DEVICES = re.compile(r"num_partitions=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -28,26 +30,28 @@ class Collective(NamedTuple):
     Attributes:
       kind: of `KINDS`.
       arrays: its result on a device, as the text has it: "bf16[1024,512]".
-      group: devices that take part.
+      groups: devices that take part together, by their place in the mesh; of a permute, those that send
+        and receive.
       runs: how often it runs in one run of the program.
       loops: names of the while bodies around it, outermost first.
     """
 
     kind: str
     arrays: tuple[str, ...]
-    group: int
+    groups: Groups
     runs: int
     loops: tuple[str, ...]
 
     @property
     def bytes(self) -> float:
         """That a device sends in one run of the instruction, by the ring algorithms."""
-        size, others = sum(map(array_bytes, self.arrays)), (self.group - 1) / self.group
+        size, group = sum(map(array_bytes, self.arrays)), len(self.groups[0])
+        others = (group - 1) / group
         match self.kind:
             case "all-reduce":
                 return 2 * size * others
             case "reduce-scatter":  # the result is one part of what is reduced
-                return size * (self.group - 1)
+                return size * (group - 1)
             case "collective-permute":
                 return size
         return size * others
@@ -68,6 +72,8 @@ def collectives(text: str) -> list[Collective]:
     which for a loop that may end early is its limit.
     """
     bodies, entry = _computations(text)
+    devices = int(found[1]) if (found := _DEVICES.search(text)) else 2
+    everyone = (tuple(range(devices)),)
     found = []
 
     def walk(name: str, runs: int, loops: tuple[str, ...]) -> None:
@@ -78,7 +84,11 @@ def collectives(text: str) -> list[Collective]:
             _, result, operation, rest = match.groups()
             kind = operation.removesuffix("-start")
             if kind in KINDS:
-                found.append(Collective(kind, _results(result, operation), _group(rest), runs, loops))
+                groups = groups_of(rest) or everyone
+                found.append(Collective(kind, _results(result, operation), groups, runs, loops))
+            elif operation == "recv" and (between := between_slices(rest, devices)):
+                kind, groups = between
+                found.append(Collective(kind, _results(result, operation)[:1], groups, runs, loops))
             elif operation == "while":
                 called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
                 times = _trips(rest, bodies, called["condition"])
@@ -97,6 +107,11 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
     for collective in found:
         total[collective.kind] += collective.bytes * collective.runs
     return {kind: float(size) for kind, size in total.items() if size}
+
+
+def bytes_outside(found: list[Collective], island: int) -> float:
+    """Of them, those that leave an island, see `share_outside`."""
+    return float(sum(c.bytes * c.runs * share_outside(c.kind, c.groups, island) for c in found))
 
 
 def largest_array(text: str) -> str:
@@ -146,10 +161,3 @@ def _results(result: str, operation: str) -> tuple[str, ...]:
         arrays = [a for a in arrays if not a.endswith("[]")]
         arrays = arrays[len(arrays) // 2 :]
     return tuple(arrays)
-
-
-def _group(rest: str) -> int:
-    match = _GROUPS.search(rest)
-    if not match:
-        return 2  # a permute has pairs
-    return len(match[1].split(",")) if match[1] else int(match[3])

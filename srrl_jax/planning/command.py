@@ -41,9 +41,8 @@ def run_plan(
     cache = Cache.default() if cached else Cache(None)
     progress = Console(stderr=True)
     with progress.status("planning") as status:
-        plan = make_plan(
-            config, topology, assumptions, cache, on_start=lambda name: status.update(f"compiling {name}")
-        )
+        show = status.update if progress.is_terminal else progress.print
+        plan = make_plan(config, topology, assumptions, cache, lambda name: show(f"compiling {name}"))
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1))
     else:

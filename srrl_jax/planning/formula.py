@@ -1,12 +1,19 @@
 """Memory and collectives by formula, where there is no compiler for the devices."""
 
+from collections import Counter
+
+import jax
+import numpy as np
+
 from srrl_jax.models import counts
 from srrl_jax.models.counts import Tree
 from srrl_jax.parallel import row_shards
+from srrl_jax.parallel.chips import GIB
+from srrl_jax.planning.groups import Groups, share_outside
 from srrl_jax.planning.programs import Compiled, Setup, bytes_here
 
 
-def estimate(group: str, setup: Setup, trees: dict[str, Tree]) -> list[Compiled]:
+def estimate(group: str, setup: Setup, trees: dict[str, Tree], island: int) -> list[Compiled]:
     """What `Compiler` would find of the programs of a group, with fused attention and full remat.
 
     Memory is what lies on a device, what the backward pass keeps, and the working set of one layer;
@@ -14,13 +21,20 @@ def estimate(group: str, setup: Setup, trees: dict[str, Tree]) -> list[Compiled]
     """
     # What allocates and moves caches is left out: it costs nothing to speak of.
     counted = ("unstack", "prefill", "decode", "completion_logprobs", "update")
-    return [_program(group, program, setup, trees[program]) for program in counted if program in trees]
+    return [
+        _program(group, program, setup, trees[program], island) for program in counted if program in trees
+    ]
 
 
-def _program(group: str, program: str, setup: Setup, tree: Tree) -> Compiled:
+def _program(group: str, program: str, setup: Setup, tree: Tree, island: int) -> Compiled:
     c, mesh, width = setup.model.config, setup.mesh.shape, setup.model.dtype.itemsize
     tensor, rows, passes = mesh["tensor"], row_shards(setup.mesh), setup.microbatches
-    weights, moments, beside = map(bytes_here, (setup.params, setup.opt_state, setup.beside(group)))
+    learnt = bytes_here(setup.learnt)
+    held = {
+        "weights": bytes_here(setup.params),
+        "the optimizer's moments": bytes_here(setup.opt_state),
+        "weights of the start": bytes_here(setup.beside(group)),
+    }
     acting = width * counts.parameters(c) / (tensor * mesh["expert"])  # of a layout without fsdp
     tokens, slots = tree.tokens / rows, tree.n * tree.b / rows
     cache = tokens * counts.cache_bytes(c, width) / min(tensor, c.num_key_value_heads)
@@ -32,26 +46,50 @@ def _program(group: str, program: str, setup: Setup, tree: Tree) -> Compiled:
     gathered = acting * (1 - 1 / mesh["fsdp"])
     # Of one token: two sums of a layer's results over the tensor axis.
     summed = 2 * c.num_hidden_layers * c.hidden_size * width * 2 * (1 - 1 / tensor)
-    held = weights + moments + beside
+    decoding = {"weights of rollouts": acting, "keys and values": cache}
     match program:
         case "unstack":
-            extra, sent = acting, {"all-gather": gathered}
+            extra, sent = {"weights of rollouts": acting}, [("all-gather", "fsdp", gathered)]
         case "prefill":
-            extra = acting + cache + layer
-            sent = {"all-gather": gathered, "all-reduce": tokens * summed}
+            extra = decoding | {"one layer": layer}
+            sent = [("all-gather", "fsdp", gathered), ("all-reduce", "tensor", tokens * summed)]
         case "decode":
-            extra = acting + cache + logits
-            sent = {"all-reduce": setup.sampler(group).chunk * slots * summed}
+            extra = decoding | {"logits": logits}
+            sent = [("all-reduce", "tensor", setup.sampler(group).chunk * slots * summed)]
         case "completion_logprobs":
-            extra = layer
-            sent = {"all-gather": passes * gathered, "all-reduce": passes * tokens * summed}
+            extra = {"one layer": layer}
+            sent = [
+                ("all-gather", "fsdp", passes * gathered),
+                ("all-reduce", "tensor", passes * tokens * summed),
+            ]
         case "update":
-            kept = hidden * width * c.num_hidden_layers
-            extra = 2 * weights + kept + 3 * layer  # gradients of a microbatch and their sum
-            sent = {
-                "all-gather": passes * 2 * gathered,
-                "reduce-scatter": passes * gathered * 4 / width,
-                "all-reduce": passes * 3 * tokens * summed,
+            extra = {
+                "gradients": 2 * learnt,  # of a microbatch, and their sum
+                "inputs of all layers": hidden * width * c.num_hidden_layers,
+                "one layer": 3 * layer,
             }
-    sent = {kind: float(size) for kind, size in sent.items() if size}
-    return Compiled(f"{group}/{program}", int(held + extra), int(held), sent, "", 0.0)
+            copies = [axis for axis in mesh if axis not in ("fsdp", "tensor", "expert")]  # of all weights
+            sent = [
+                ("all-gather", "fsdp", passes * 2 * gathered),
+                ("reduce-scatter", "fsdp", passes * (mesh["fsdp"] - 1) * learnt),
+                ("all-reduce", "tensor", passes * 3 * tokens * summed),
+                *(("all-reduce", axis, passes * 2 * (1 - 1 / mesh[axis]) * learnt) for axis in copies),
+            ]
+    total: Counter[str] = Counter()
+    for kind, _, size in sent:
+        total[kind] += size
+    outside = sum(size * share_outside(kind, _groups(setup.mesh, axis), island) for kind, axis, size in sent)
+    parts = held | extra
+    largest = max(parts, key=parts.get)
+    return Compiled(
+        f"{group}/{program}", int(sum(parts.values())), sum(held.values()),
+        {kind: float(size) for kind, size in total.items() if size}, float(outside),
+        f"{largest} ({parts[largest] / GIB:.2f} GiB)", 0.0,
+    )  # fmt: skip
+
+
+def _groups(mesh: jax.sharding.Mesh, axis: str) -> Groups:
+    """Devices along a mesh axis, by their place in the mesh."""
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    rows = np.moveaxis(ids, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return tuple(map(tuple, rows.tolist()))

@@ -10,7 +10,7 @@ import jax
 
 from srrl_jax.grading import Grader
 from srrl_jax.models import Qwen3Config, counts
-from srrl_jax.models.attention import choose_kernel
+from srrl_jax.models.attention import BLOCK
 from srrl_jax.models.counts import Tree, Work
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.weights import read_config
@@ -20,7 +20,10 @@ from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.formula import estimate
 from srrl_jax.planning.programs import Compiled, Compiler, DoesNotFit, Setup
 from srrl_jax.sampling.buckets import fit
+from srrl_jax.sampling.memory import default_budget
 from srrl_jax.training.config import TrainConfig
+
+SAMPLERS = {"rollout": "rollout", "grade": "grading"}  # groups of programs that sample, and their key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Phase:
       hbm_bytes: what the device has for programs.
       flops, traffic_bytes: of the cores and of the HBM, by formula (`counts`).
       collective_bytes: sent, by kind.
+      network_bytes: of them, what leaves the slice, or the node of GPUs.
       predicted_s: the slowest of cores, HBM and links at their published peaks.
       runs: of it in a step, as assumed; not whole where most runs are on smaller shapes.
       compiled: false where memory and collectives are by formula too.
@@ -65,6 +69,7 @@ class Phase:
     flops: float
     traffic_bytes: float
     collective_bytes: dict[str, float]
+    network_bytes: float
     predicted_s: float
     runs: float
     largest_array: str
@@ -75,12 +80,13 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of a recipe on a topology."""
+    """Of a recipe on a topology; `notes` say where it is not as the recipe has it."""
 
     topology: Topology
     assumptions: Assumptions
     phases: list[Phase]
     steps: int
+    notes: list[str]
 
     @property
     def fits(self) -> bool:
@@ -113,6 +119,7 @@ class Plan:
             "devices": self.topology.size,
             "fits": self.fits,
             "free_hbm": self.free,
+            "notes": self.notes,
             "assumptions": dataclasses.asdict(self.assumptions),
             "phases": {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in self.phases},
             "step": {"predicted_s": self.step_s},
@@ -138,28 +145,49 @@ def make_plan(
     Raises:
       InputError: mesh or buckets do not go with the topology or the model, or its compiler is missing.
     """
+    config = _on_the_chip(config, topology)
     if topology.slices > 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
     setup = Setup.of(config, model_config(config.model), topology.devices())
+    if not topology.compiles:
+        setup.rollout.has_scores = setup.grading.has_scores = False  # the formula is of fused attention
     phases = []
     with jax.set_mesh(setup.mesh):
         for name, group in _groups(config).items():
             trees = _trees(name, setup)
-            found = (
-                cache.get(name, config, topology, partial(_compile, name, group, setup, on_start))
-                if topology.compiles
-                else estimate(name, setup, trees)
-            )
+            refusal = setup.table(name)[1] if name in SAMPLERS else ""
+            if refusal:
+                found = [Compiled(f"{name}/prefill", None, 0, {}, 0.0, "", 0.0, refusal)]
+            elif topology.compiles:
+                compiler = Compiler(name, topology.island, on_start)
+                found = cache.get(name, config, topology, partial(_compile, compiler, group, setup))
+            else:
+                found = estimate(name, setup, trees, topology.island)
             phases += [_phase(compiled, trees, setup, topology, assumptions) for compiled in found]
-    return Plan(topology, assumptions, phases, config.steps)
+    return Plan(topology, assumptions, phases, config.steps, _fewer_rows(setup))
+
+
+def _fewer_rows(setup: Setup) -> list[str]:
+    """Where the samplers' memory does not hold as many rows as the recipe says."""
+    notes = []
+    for name, key in SAMPLERS.items():
+        sampler, rows = setup.sampler(name), setup.table(name)[0].rows[-1]
+        if rows < sampler.buckets.rows[-1]:
+            notes.append(
+                f"{key}.rows: {rows} of the longest run at a time, not {sampler.buckets.rows[-1]}, for "
+                f"{key}.memory_gb is {sampler.budget / 1e9:.3g}"
+            )
+    return notes
 
 
 def _groups(config: TrainConfig) -> dict[str, Callable[[Compiler, Setup], None]]:
     """The programs of a step by what they are for."""
     rows = config.prompts_per_step
-    groups = {"rollout": lambda c, s: programs.sampling(c, s, s.rollout, rows)}
-    if config.grading.verdict == "generate":
-        groups["grade"] = lambda c, s: programs.sampling(c, s, s.grading, rows * config.group_size)
+    groups = {"rollout": partial(programs.sampling, count=rows)}
+    if config.grader == "teacher" and config.data.eval is None:
+        pass  # the devices never grade
+    elif config.grading.verdict == "generate":
+        groups["grade"] = partial(programs.sampling, count=rows * config.group_size)
     else:
         groups["grade"] = programs.verdicts
     if config.kl_coef > 0 or config.loss.importance_cap is not None:
@@ -167,8 +195,19 @@ def _groups(config: TrainConfig) -> dict[str, Callable[[Compiler, Setup], None]]
     return groups | {"update": programs.update}
 
 
-def _compile(name, group, setup: Setup, on_start) -> list[Compiled]:
-    compiler = Compiler(name, on_start=on_start)
+def _on_the_chip(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """The recipe with what training would find out on the chip: the memory that samplers may take."""
+    half = default_budget(topology.chip.hbm) / 1e9
+    r, g = config.rollout, config.grading
+    return dataclasses.replace(
+        config,
+        attention=config.attention if topology.compiles else "auto",
+        rollout=dataclasses.replace(r, memory_gb=r.memory_gb or half),
+        grading=dataclasses.replace(g, memory_gb=g.memory_gb or half),
+    )
+
+
+def _compile(compiler: Compiler, group, setup: Setup) -> list[Compiled]:
     try:
         group(compiler, setup)
     except DoesNotFit:
@@ -179,9 +218,8 @@ def _compile(name, group, setup: Setup, on_start) -> list[Compiled]:
 def _trees(name: str, setup: Setup) -> dict[str, Tree]:
     """The largest batch of each program of a group."""
     c = setup.config
-    if name in ("rollout", "grade"):
-        sampler = setup.sampler(name)
-        b = sampler.buckets
+    if name in SAMPLERS:
+        sampler, (b, _) = setup.sampler(name), setup.table(name)
         rows, prefix, fan_out = b.rows[-1], b.prefix[-1], b.fan_out[-1]
         given = Tree(rows, prefix, fan_out, b.branch[-1])
         full = Tree(rows, prefix, fan_out, b.branch[-1] + sampler.new_tokens)
@@ -199,10 +237,7 @@ def _phase(
     shared = setup.mesh.shape["tensor"] * setup.mesh.shape["expert"]
     flops, traffic = work.flops / topology.size, work.traffic / topology.size + work.weights / shared
     chip, tree = topology.chip, trees[program]
-    sent = sum(
-        size / topology.links(kind, setup.mesh.shape["tensor"])
-        for kind, size in compiled.collective_bytes.items()
-    )
+    sent = sum(compiled.collective_bytes.values()) / chip.links + compiled.network_bytes / chip.network
     return Phase(
         name=compiled.name,
         sizes=f"{tree.n} x ({tree.p} + {tree.b} x {tree.l})",
@@ -212,6 +247,7 @@ def _phase(
         flops=flops,
         traffic_bytes=traffic,
         collective_bytes=compiled.collective_bytes,
+        network_bytes=compiled.network_bytes,
         predicted_s=max(flops / chip.flops, traffic / chip.bandwidth, sent),
         runs=_runs(group, program, setup, assumptions),
         largest_array=compiled.largest,
@@ -225,7 +261,8 @@ def _work(group: str, program: str, tree: Tree, setup: Setup) -> Work:
     """Of all devices, for one run of a program."""
     c, config = setup.model.config, setup.config
     width = setup.model.dtype.itemsize
-    causal = choose_kernel(config.attention, setup.model.dtype, c.windows is not None, 2) != "xla"
+    # XLA's attention skips what a block of queries cannot see, kernels skip by blocks too.
+    causal = max(tree.p, tree.l) > BLOCK
     caches = tree.tokens * counts.cache_bytes(c, width)
     positions = tree.n * tree.b * tree.l * setup.microbatches
     match program:
@@ -245,8 +282,9 @@ def _work(group: str, program: str, tree: Tree, setup: Setup) -> Work:
             layers = counts.forward(c, tree, width, causal).times(setup.microbatches)
             return layers + counts.head(c, positions, width)._replace(traffic=0)
         case "update":
-            passes = counts.update(c, tree, width, causal, config.optimizer.remat).times(setup.microbatches)
-            return passes + counts.adamw(counts.parameters(c))
+            o, frozen = config.optimizer, bool(config.lora.rank)
+            passes = counts.update(c, tree, width, causal, o.remat, frozen).times(setup.microbatches)
+            return passes + counts.adamw(sum(x.size for x in jax.tree.leaves(setup.learnt)))
     raise ValueError(program)
 
 
@@ -255,18 +293,23 @@ def _runs(group: str, program: str, setup: Setup, a: Assumptions) -> float:
     c = setup.config
     if group == "update":
         return c.optimizer.minibatches
+    if group == "grade" and c.grader == "teacher":
+        return 0  # held-out rows alone are graded here
     if group == "logprob":
         return c.optimizer.minibatches * ((c.kl_coef > 0) + (c.loss.importance_cap is not None))
-    sampler, rollout = setup.sampler(group), group == "rollout"
-    waves = math.ceil(c.prompts_per_step * (1 if rollout else c.group_size) / sampler.buckets.rows[-1])
+    sampler, (buckets, _), rollout = setup.sampler(group), setup.table(group), group == "rollout"
+    waves = math.ceil(c.prompts_per_step * (1 if rollout else c.group_size) / buckets.rows[-1])
     size, mean = 1.0, a.completion
     if not rollout:  # most responses run in the bucket that the mean number of criteria falls into
-        table, g = sampler.buckets.fan_out, c.grading
+        table, g = buckets.fan_out, c.grading
         (branches,) = Grader.fan_out([math.ceil(a.criteria)], g.verdict, g.votes, g.together)
         size = fit(min(branches, table[-1]), table, "--criteria") / table[-1]
         waves, mean = math.ceil(waves * a.tries), a.verdict
     match program:
-        case "unstack" | "empty":
+        case "unstack":  # the policy moves once for both
+            alike = (c.rollout.int8 == "none") == (c.grading.int8 == "none")
+            return 0 if not rollout and c.grader == "policy" and alike else 1
+        case "empty":
             return 1
         case "prefill" | "admit" | "next_logprobs":
             return waves * size

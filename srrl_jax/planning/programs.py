@@ -1,6 +1,8 @@
 """The programs that training runs, compiled for devices that need not be there."""
 
+import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,10 +17,9 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
-from srrl_jax.models.weights import abstract
 from srrl_jax.parallel import batch_sharding, make_mesh, shardings
-from srrl_jax.planning.collectives import bytes_by_kind, collectives, largest_array
-from srrl_jax.sampling import Completion, Sampler
+from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
+from srrl_jax.sampling import Buckets, Completion, Sampler
 from srrl_jax.sampling.buckets import Lengths, Wave
 from srrl_jax.sampling.decode import Running, admit, decode, empty, prefill, resize
 from srrl_jax.sampling.sampler import Plan, pack, unstack
@@ -27,7 +28,8 @@ from srrl_jax.sampling.score import next_logprobs
 from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
-from srrl_jax.training.update import completion_logprobs, make_optimizer, make_update
+from srrl_jax.training.learner import network
+from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_update
 
 
 class Compiled(NamedTuple):
@@ -37,7 +39,8 @@ class Compiled(NamedTuple):
       peak_bytes: most memory in use while it runs; None where the compiler refused it.
       held_bytes: of that, what lies there beside its arguments, results and temporaries.
       collective_bytes: sent in one run, by kind.
-      largest: the largest array, as "bf16[1024,512]".
+      network_bytes: of them, what leaves the slice or the node.
+      largest: the largest array, as "bf16[1024,512]"; by formula the largest part.
       refusal: the compiler's words where the program does not fit.
     """
 
@@ -45,6 +48,7 @@ class Compiled(NamedTuple):
     peak_bytes: int | None
     held_bytes: int
     collective_bytes: dict[str, float]
+    network_bytes: float
     largest: str
     seconds: float
     refusal: str = ""
@@ -55,12 +59,17 @@ class DoesNotFit(Exception):
 
 
 class Setup(NamedTuple):
-    """What the loop holds before its first step, in shapes and placements alone."""
+    """What the loop holds before its first step, in shapes and placements alone.
+
+    Attributes:
+      learnt, base: the weights that updates change (with LoRA the adapters), and those beside them.
+    """
 
     config: TrainConfig
     mesh: jax.sharding.Mesh
     model: Qwen3
-    params: Any
+    learnt: Any
+    base: Any
     opt_state: Any
     rollout: Sampler
     grading: Sampler
@@ -70,38 +79,52 @@ class Setup(NamedTuple):
         """Of a recipe on `devices`.
 
         Raises:
-          InputError: mesh, buckets or microbatch do not go with them, or the recipe learns adapters.
+          InputError: mesh, buckets, microbatch, attention or adapters do not go with them or the model.
         """
-        if config.lora.rank:
-            raise InputError("lora.rank: a plan is of training all weights; set it to 0")
         mesh = make_mesh(config.mesh, devices)
         check_microbatch(config, mesh)
         whole = NamedSharding(mesh, P())
-        model = abstract(model_config, config.dtype)
-        model.attention = config.attention
-        state, optimizer = nnx.state(model), make_optimizer(config.optimizer)
-        params = _placed(state, shardings(state, mesh))
+        with jax.set_mesh(mesh):
+            model = network(config, model_config)
+            rollout, grading = samplers(model, config, mesh, stop_ids=(0, 1), allowed=model_config.vocab_size)
+        _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
+        state, base = (adapters, weights) if config.lora.rank else (weights, NOTHING)
+        optimizer = make_optimizer(config.optimizer)
+        learnt, base = (_placed(part, shardings(part, mesh)) for part in (state, base))
         opt_state = optax.tree_utils.tree_map_params(
             optimizer,
             lambda x, p: _shaped(x, p.sharding),
             jax.eval_shape(optimizer.init, state),
-            params,
+            learnt,
             transform_non_params=lambda x: _shaped(x, whole),
         )
-        with jax.set_mesh(mesh):
-            rollout, grading = samplers(model, config, mesh, stop_ids=(0, 1), allowed=model_config.vocab_size)
-        return cls(config, mesh, model, params, opt_state, rollout, grading)
+        return cls(config, mesh, model, learnt, base, opt_state, rollout, grading)
 
     @property
     def graphdef(self) -> nnx.GraphDef:
         return nnx.graphdef(self.model)
 
+    @property
+    def params(self) -> Any:
+        """All weights of the policy."""
+        return nnx.merge_state(self.learnt, self.base)
+
+    def table(self, group: str) -> tuple[Buckets, str]:
+        """Buckets of "rollout" or "grade" with those sizes of `rows` that the sampler's memory holds of the
+        longest rows; and what it says where it holds not one of them."""
+        sampler = self.sampler(group)
+        b = sampler.buckets
+        try:
+            return sampler.plan([[0] * b.prefix[-1]], [[[0] * b.branch[-1]] * b.fan_out[-1]]).buckets, ""
+        except InputError as error:
+            return dataclasses.replace(b, rows=b.rows[:1]), str(error)
+
     def beside(self, group: str) -> tuple:
-        """Weights that the devices hold beside those that a group of programs runs on: the policy's or the
-        starting ones, except while these are in host memory."""
+        """What is learnt or its start, whichever a group of programs does not run on: the devices hold it
+        beside, except while the start is in host memory."""
         c = self.config
         brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
-        return (self.params,) if c.needs_frozen and (c.reference == "device" or brought) else ()
+        return (self.learnt,) if c.needs_frozen and (c.reference == "device" or brought) else ()
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""
@@ -122,13 +145,16 @@ class Compiler:
 
     Args:
       group: what the programs are for; the first part of their names.
+      island: devices in a row that links join (`Topology.island`); all of them by default.
       on_start: told the name of a program before it is compiled.
 
     Attribute `texts`: of the compiled programs, by name.
     """
 
-    def __init__(self, group: str, on_start: Callable[[str], None] = lambda name: None):
-        self.group, self.on_start = group, on_start
+    def __init__(
+        self, group: str, island: int = sys.maxsize, on_start: Callable[[str], None] = lambda name: None
+    ):
+        self.group, self.island, self.on_start = group, island, on_start
         self.texts: dict[str, str] = {}
         self.found: list[Compiled] = []
 
@@ -140,11 +166,20 @@ class Compiler:
 
         Raises:
           DoesNotFit: for lack of memory; `found` holds the refusal.
+          InputError: a library of the compiler is missing.
         """
         name = f"{self.group}/{program.__name__}"
         self.on_start(name)
         start = time.perf_counter()
-        lowered = program.lower(*args, **static)
+        try:
+            lowered = program.lower(*args, **static)
+        except RuntimeError as error:
+            if "cuDNN not found" not in str(error):
+                raise
+            raise InputError(
+                "srrl plan for a GPU needs cuDNN for this attention: pip install 'srrl-jax[plan-gpu]', or "
+                "set attention=xla"
+            ) from None
         size = bytes_here(held)
         try:
             compiled = lowered.compile(compiler_options=_options())
@@ -153,26 +188,35 @@ class Compiler:
                 raise
             seconds = time.perf_counter() - start
             refusal = str(error)
-            self.found.append(Compiled(name, None, size, {}, _refused_array(refusal), seconds, refusal))
+            self.found.append(Compiled(name, None, size, {}, 0.0, _refused_array(refusal), seconds, refusal))
             raise DoesNotFit(name) from None
         text = compiled.as_text()
-        self.texts[name] = text
+        self.texts[name], sent = text, collectives(text)
         self.found.append(
             Compiled(
                 name,
                 _peak(compiled.memory_analysis()) + size,
                 size,
-                bytes_by_kind(collectives(text)),
+                bytes_by_kind(sent),
+                bytes_outside(sent, self.island),
                 largest_array(text),
                 time.perf_counter() - start,
             )
         )
         return jax.tree.map(_shaped, lowered.out_info, compiled.output_shardings)
 
+    def hold(self, arrays: Any) -> None:
+        """Counts arrays that lie beside the last program too."""
+        last, size = self.found[-1], bytes_here(arrays)
+        more = dict(peak_bytes=last.peak_bytes + size, held_bytes=last.held_bytes + size)
+        self.found[-1] = last._replace(**more)
 
-def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> None:
+
+def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
     """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
-    b, mesh, others = sampler.buckets, setup.mesh, (setup.opt_state, *setup.beside(compiler.group))
+    sampler = setup.sampler(compiler.group)
+    (b, _), mesh = setup.table(compiler.group), setup.mesh
+    others = (setup.opt_state, *setup.beside(compiler.group))
     row = [[0] * b.branch[-1]] * b.fan_out[-1]
     lengths = Lengths([b.prefix[-1]] * count, [[b.branch[-1]] * b.fan_out[-1]] * count, sampler.apart)
     plan = Plan([], [[0] * b.prefix[-1]] * count, lengths, b)
@@ -182,6 +226,9 @@ def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> 
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
     decoder = compiler(unstack, sampler.graphdef, setup.params, mesh, sampler.int8_weights, held=others)
+    if compiler.group == "grade" and setup.config.frozen_grades:
+        compiler.hold(decoder)  # the policy's are beside those of the start
+        others = (*others, decoder)
     wave = schedule.next_wave()
     prefix, width, shift = schedule.sizes(wave)
     running = compiler(
@@ -212,8 +259,8 @@ def sampling(compiler: Compiler, setup: Setup, sampler: Sampler, count: int) -> 
 
 def verdicts(compiler: Compiler, setup: Setup) -> None:
     """The largest wave of verdicts that are read off the logits."""
-    b, rows = setup.grading.buckets, setup.grading.buckets.rows[-1]
-    wave = Wave((-1,) * rows, b.prefix[-1], b.fan_out[-1], b.branch[-1], lanes=b.fan_out[-1])
+    b, _ = setup.table("grade")
+    wave = Wave((-1,) * b.rows[-1], b.prefix[-1], b.fan_out[-1], b.branch[-1], lanes=b.fan_out[-1])
     tree, _ = pack(wave, Plan([], [], Lengths([], []), b), [], [])
     compiler(
         next_logprobs, setup.graphdef, setup.params, _on_mesh(tree, setup.mesh), np.zeros(2, np.int32),
@@ -249,7 +296,10 @@ def logprobs(compiler: Compiler, setup: Setup) -> None:
 def update(compiler: Compiler, setup: Setup) -> None:
     """One update by a minibatch."""
     program = make_update(setup.graphdef, setup.config, make_optimizer(setup.config.optimizer))
-    compiler(program, setup.params, setup.opt_state, largest_minibatch(setup), held=setup.beside("update"))
+    compiler(
+        program, setup.learnt, setup.opt_state, largest_minibatch(setup), setup.base,
+        held=setup.beside("update"),
+    )  # fmt: skip
 
 
 def bytes_here(tree: Any) -> int:

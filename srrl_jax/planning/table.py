@@ -8,12 +8,13 @@ from srrl_jax.planning.plan import Phase, Plan
 
 # What makes the programs of a group smaller.
 _HELP = {
-    "rollout": "rollout.rows, rollout.max_new_tokens, rollout.prompt_buckets; a larger mesh.tensor",
-    "grade": "grading.rows, grading.max_new_tokens, grading.criteria_buckets, grading.prefix_buckets; "
-    "grading.thinking=false; a larger mesh.tensor",
+    "rollout": "rollout.memory_gb, rollout.rows, rollout.max_new_tokens, rollout.prompt_buckets; "
+    "a larger mesh.tensor",
+    "grade": "grading.memory_gb, grading.rows, grading.max_new_tokens, grading.criteria_buckets, "
+    "grading.prefix_buckets; grading.thinking=false; a larger mesh.tensor",
     "logprob": "optimizer.microbatch, rollout.max_new_tokens, rollout.prompt_buckets; a larger mesh.tensor",
     "update": "optimizer.microbatch, rollout.max_new_tokens, rollout.prompt_buckets; optimizer.remat=full, "
-    "dtype=bfloat16; a larger mesh.tensor or mesh.fsdp",
+    "optimizer.first_moment=bfloat16, dtype=bfloat16, reference=host; a larger mesh.tensor or mesh.fsdp",
 }
 
 
@@ -32,6 +33,8 @@ def render(plan: Plan) -> Group:
     for p in plan.phases:
         peak = "refused" if p.peak_hbm_bytes is None else f"{p.peak_hbm_bytes / GIB:.2f}"
         sent = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in p.collective_bytes.items()) or "0"
+        if p.network_bytes:
+            sent += f"; {p.network_bytes / 1e9:.3g} over the network"
         table.add_row(
             p.name, p.sizes, peak if p.fits else f"[red]{peak}", f"{p.flops / 1e12:.3g}",
             f"{p.traffic_bytes / 1e9:.3g}", sent, f"{p.predicted_s:.3g}", f"{p.runs:.3g}",
@@ -48,6 +51,7 @@ def _summary(plan: Plan) -> list[str]:
         f"{a.verdict:g} tokens, {a.tries:g} tries each; updates at the largest bucket; no evaluation, "
         "checkpoints or host time",
     ]
+    lines += plan.notes
     if plan.fits:
         return [*lines, f"fits: {plan.free:.0%} of the HBM is free in {plan.tightest.name}"]
     return [*lines, *(_why_not(p) for p in plan.phases if not p.fits)]
@@ -55,5 +59,5 @@ def _summary(plan: Plan) -> list[str]:
 
 def _why_not(p: Phase) -> str:
     need = p.refusal.partition("\n")[0] or f"needs {p.peak_hbm_bytes / GIB:.2f} GiB"
-    largest = f"largest array {p.largest_array}; " if p.largest_array else ""
+    largest = f"largest {'array' if p.compiled else 'part'} {p.largest_array}; " if p.largest_array else ""
     return f"{p.name} does not fit: {need}; {largest}make smaller: {_HELP[p.name.split('/')[0]]}"

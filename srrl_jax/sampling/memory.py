@@ -12,16 +12,24 @@ from srrl_jax.sampling.buckets import Buckets, Lengths, sort_rows
 from srrl_jax.sampling.schedule import CHUNK
 
 
-def default_budget() -> int:
-    """Half of a device's memory; where it does not tell, half of the machine's, shared by its devices."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+def default_budget(limit: int | None = None) -> int:
+    """Half of a device's memory (of `limit` bytes, if that is known); where it does not tell, half of the
+    machine's, shared by its devices."""
+    limit = limit or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
     return limit // 2
 
 
 def needed(
-    c: Qwen3Config, dtype, tensor: int, prefix: int, fan_out: int, branch: int, new_tokens: int
+    c: Qwen3Config,
+    dtype,
+    tensor: int,
+    prefix: int,
+    fan_out: int,
+    branch: int,
+    new_tokens: int,
+    has_scores: bool = True,
 ) -> int:
     """Bytes of a device, besides the weights, that each row of these sizes takes as it enters and decodes.
 
@@ -31,6 +39,7 @@ def needed(
 
     Args:
       tensor: size of the mesh axis; heads and vocabulary that it does not divide are whole everywhere.
+      has_scores: false with an attention kernel that never writes them down.
     """
     kv, heads, vocab = (
         n if n % tensor else n // tensor for n in (c.num_key_value_heads, c.num_attention_heads, c.vocab_size)
@@ -42,6 +51,7 @@ def needed(
     key_values = 2 * c.num_hidden_layers * kv * c.head_dim * size  # of a token
     layer = size * (4 * c.hidden_size + 2 * inner + (heads + 2 * kv) * c.head_dim)  # its intermediate results
     scores = max(min(prefix, BLOCK) * prefix, fan_out * min(branch, BLOCK) * (prefix + branch))
+    scores = scores if has_scores else 0
 
     stay = key_values * (2 * prefix + fan_out * (branch + new_tokens + CHUNK))
     enter = (2 * key_values + layer) * (prefix + fan_out * branch) + 2 * 4 * heads * scores
@@ -57,12 +67,14 @@ def rows_within(
     buckets: Buckets,
     lengths: Lengths,
     new_tokens: int,
+    has_scores: bool = True,
 ) -> tuple[int, ...]:
     """Those sizes of `buckets.rows` with which these rows fit; if none, the largest below them that does.
 
     Args:
       budget: bytes of a device, besides the weights.
       mesh_sizes: pieces that rows are cut into, and the size of the axis `tensor`.
+      has_scores: as in `needed`.
     Raises:
       InputError: what `sort_rows` refuses, or not even a row in each piece fits.
     """
@@ -71,7 +83,7 @@ def rows_within(
     largest = tuple(max(column) for column in zip(*sizes, strict=True))
     if not largest:
         return buckets.rows
-    row = needed(c, dtype, tensor, *largest, new_tokens)
+    row = needed(c, dtype, tensor, *largest, new_tokens, has_scores)
     most = budget // row * shards
     if most == 0:
         prefix, fan_out, branch = largest

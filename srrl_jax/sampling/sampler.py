@@ -121,6 +121,8 @@ class Sampler:
         self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
         self.stop_ids = tuple(stop_ids)
+        kernel = choose_kernel(model.attention, model.dtype, self.config.windows is not None, 2)
+        self.has_scores = kernel == "xla"
         self.budget = default_budget() if memory_gb is None else int(memory_gb * 1e9)
 
     def generate(
@@ -217,8 +219,9 @@ class Sampler:
         lengths = dataclasses.replace(lengths, prefix=list(map(len, rest)))
         tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
         rows = rows_within(
-            self.budget, self.config, self.dtype, (self.shards, tensor), buckets, lengths, self.new_tokens
-        )
+            self.budget, self.config, self.dtype, (self.shards, tensor), buckets, lengths, self.new_tokens,
+            self.has_scores,
+        )  # fmt: skip
         trunk = prefixes[0][:cut] if cut else []
         return Plan(trunk, rest, lengths, dataclasses.replace(buckets, rows=rows))
 

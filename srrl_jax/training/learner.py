@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3
+from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
@@ -23,14 +23,14 @@ from srrl_jax.training.experience import Task
 from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
 
 
-def network(config: TrainConfig) -> Qwen3:
-    """The policy's structure, with its adapters but without values.
+def network(config: TrainConfig, sizes: Qwen3Config | None = None) -> Qwen3:
+    """The policy's structure, with its adapters but without values; of `sizes` instead of the model's own.
 
     Raises:
       InputError: the model, its adapters, the attention kernel on this machine, or a key for experts is not
         supported.
     """
-    model = abstract(read_config(config.model), config.dtype)
+    model = abstract(sizes or read_config(config.model), config.dtype)
     check_kernel(config.attention, config.dtype, slides=model.config.windows is not None)
     model.attention = config.attention
     if config.loss.balance_experts and model.config.moe is None:

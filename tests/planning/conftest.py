@@ -45,6 +45,15 @@ def v6e() -> Topology:
 
 
 @pytest.fixture(scope="session")
+def h100() -> Topology:
+    """Two nodes of two GPUs to compile for: JAX's CUDA plugin."""
+    topology = Topology.parse("h100:2x2")
+    if not topology.compiles:
+        pytest.skip("needs JAX's CUDA plugin (the extra `plan-gpu`)")
+    return topology
+
+
+@pytest.fixture(scope="session")
 def setup(planned, v6e) -> Setup:
     """Of the small recipe on four chips, fsdp 2 x tensor 2."""
     config = planned()

@@ -1,6 +1,15 @@
-from srrl_jax.planning.collectives import array_bytes, bytes_by_kind, collectives, largest_array
+import pytest
 
-TEXT = """HloModule jit_step, is_scheduled=true
+from srrl_jax.planning.collectives import (
+    array_bytes,
+    bytes_by_kind,
+    bytes_outside,
+    collectives,
+    largest_array,
+)
+from srrl_jax.planning.groups import share_outside
+
+TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %sum = f32[] add(%a, %b)
@@ -48,6 +57,49 @@ def test_bytes_are_those_of_ring_algorithms():
         "reduce-scatter": 4 * 32 * 3 / 4,
         "collective-permute": 100,
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}", ((0, 2), (1, 3))),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("replica_groups={}", (tuple(range(8)),)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'c'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}", ((3, 2), (1, 0))),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+    ],
+)
+def test_who_takes_part(written, groups):
+    (found,) = collectives(TEXT.replace("replica_groups={{0,1},{2,3}}", written))[:1]
+    assert found.kind == "all-reduce" and found.groups == groups
+
+
+def test_what_leaves_an_island():
+    """Of rings the part of one member; with pairs all of it; each device has something for each other one."""
+    across, within = ((0, 1, 4, 5), (2, 3, 6, 7)), ((0, 1), (2, 3))
+    assert share_outside("all-gather", across, island=4) == 1 / 2
+    assert share_outside("all-to-all", across, island=4) == 1 / 2
+    assert share_outside("all-gather", ((0, 1, 2, 3, 4, 5, 6, 7),), island=4) == 1 / 4
+    assert share_outside("all-to-all", ((0, 1, 2, 3, 4, 5, 6, 7),), island=2) == 3 / 4
+    assert share_outside("collective-permute", ((0, 1), (3, 4)), island=4) == 1
+    assert share_outside("all-reduce", within, island=2) == share_outside("all-reduce", across, 8) == 0
+    # Gathered in fours, reduced in pairs, permuted between 0 and 1.
+    assert bytes_outside(collectives(TEXT), island=2) == (5 * 2048 + 4 * 32) * 3 / 4 / 2
+    assert bytes_outside(collectives(TEXT), island=4) == 0
+
+
+def test_between_slices_libtpu_writes_host_transfers():
+    """Of a program for one slice of 8 devices: the first of each slice add up, the second, and so on."""
+    names = '_xla_megascale_target="{0,1}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    line = "  %r = (f32[24,8]{1,0}, u32[], token[]) recv(%token), channel_id=5, frontend_attributes={" + names
+    (found,) = (c for c in collectives(TEXT.replace("  %done", line + "}\n  %done")) if len(c.groups) == 8)
+    assert found.arrays == ("f32[24,8]",) and found.runs == 5
+    assert found.groups == tuple((i, i + 8) for i in range(8))
+    assert bytes_outside([found], island=8) == found.bytes * 5 == 5 * 24 * 8 * 4
 
 
 def test_the_largest_array():

@@ -1,6 +1,7 @@
 """What the compiled programs of a small model on a small slice send and keep."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("uncached")
 def rollout(setup):
     compiler = Compiler("rollout")
     with jax.set_mesh(setup.mesh):
-        programs.sampling(compiler, setup, setup.rollout, setup.config.prompts_per_step)
+        programs.sampling(compiler, setup, setup.config.prompts_per_step)
     return compiler
 
 
@@ -44,18 +45,61 @@ def test_no_device_holds_the_cache_of_another(rollout, setup):
         assert f"[{slots},{heads}," not in rollout.texts[f"rollout/{name}"]
 
 
-def test_an_update_gives_back_what_it_took(setup):
-    """Else the second update would compile again, and nothing would be donated."""
+@pytest.fixture(scope="module")
+def updating(setup):
+    """The compiler, and what the update gives back."""
     compiler = Compiler("update")
     with jax.set_mesh(setup.mesh):
         program = programs.make_update(
             setup.graphdef, setup.config, programs.make_optimizer(setup.config.optimizer)
         )
         params, opt_state, _ = compiler(
-            program, setup.params, setup.opt_state, programs.largest_minibatch(setup), held=()
+            program, setup.learnt, setup.opt_state, programs.largest_minibatch(setup), setup.base
         )
+    return compiler, (params, opt_state)
+
+
+def size(array: str) -> int:
+    """Numbers in "bf16[1024,512]"."""
+    return math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
+
+
+def test_an_update_gives_back_what_it_took(setup, updating):
+    """Else the second update would compile again, and nothing would be donated."""
     same = jax.tree.map(
-        lambda a, b: a.sharding.is_equivalent_to(b.sharding, len(a.shape)), (params, opt_state),
-        (setup.params, setup.opt_state),
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, len(a.shape)), updating[1],
+        (setup.learnt, setup.opt_state),
     )  # fmt: skip
     assert all(jax.tree.leaves(same))
+
+
+def test_weights_are_gathered_a_layer_at_a_time_and_activations_never(rollout, updating, setup):
+    """A row's activations stay on the devices that have the row."""
+    layer = [x.shape[1:] if x.ndim == 3 else x.shape for x in jax.tree.leaves(setup.params) if x.ndim > 1]
+    weights = {math.prod(shape) // setup.mesh.shape["tensor"] for shape in layer}
+    weights |= {shape[-1] for shape in layer}  # norms
+    rows = setup.config.optimizer.microbatch, setup.rollout.buckets.rows[-1]
+    tokens = setup.rollout.buckets.prefix[-1], setup.config.group_size * setup.config.rollout.max_new_tokens
+    activations = {n * t * setup.model.config.hidden_size for n in rows for t in tokens}
+    assert not weights & activations
+    for text in (rollout.texts["rollout/prefill"], updating[0].texts["update/update"]):
+        gathered = {size(a) for c in collectives(text) if c.kind == "all-gather" for a in c.arrays}
+        assert gathered <= weights and len(gathered) > 2
+
+
+def test_a_layer_is_summed_twice_forward_and_twice_backward(rollout, updating, setup):
+    """Tensor parallelism: after attention and after the MLP, for prefixes and for branches."""
+    c, layers = setup.config, setup.model.config.num_hidden_layers
+    share = math.prod(setup.mesh.shape[axis] for axis in ("data", "fsdp"))
+
+    def sums(text, rows, tokens, runs):
+        whole = rows // share * tokens * setup.model.config.hidden_size
+        found = [c for c in collectives(text) if c.kind == "all-reduce" and c.runs == runs]
+        return sum(size(a) == whole for c in found for a in c.arrays)
+
+    b, text = setup.rollout.buckets, rollout.texts["rollout/prefill"]
+    assert sums(text, b.rows[-1], b.prefix[-1], layers) == 2
+    text, runs = updating[0].texts["update/update"], layers * setup.microbatches
+    prefix, branches = c.rollout.prompt_buckets[-1], c.group_size * c.rollout.max_new_tokens
+    for tokens in (prefix, branches):
+        assert sums(text, c.optimizer.microbatch, tokens, runs) == 4

@@ -10,7 +10,6 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.models.lora import add_adapters
 from srrl_jax.parallel import make_mesh
-from srrl_jax.planning.programs import Setup
 from srrl_jax.training import train
 from srrl_jax.training.export import export
 from srrl_jax.training.learner import Learner, network
@@ -142,8 +141,6 @@ def test_what_is_refused(recipe, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             recipe(tmp_path, override)
-    with pytest.raises(InputError, match="lora.rank: a plan is of training all weights"):
-        Setup.of(recipe(tmp_path, *LORA), None, [])
 
 
 def test_experts_take_no_adapter():

@@ -1,0 +1,38 @@
+"""Programs for GPUs that are not here, compiled by JAX's CUDA plugin from a description of the card."""
+
+import jax
+import pytest
+
+from srrl_jax.planning import programs
+from srrl_jax.planning.collectives import collectives
+from srrl_jax.planning.groups import share_outside
+from srrl_jax.planning.plan import model_config
+from srrl_jax.planning.programs import Compiler, Setup
+
+pytestmark = pytest.mark.usefixtures("uncached")
+
+
+@pytest.fixture(scope="module")
+def rollout(planned, h100):
+    """In bfloat16, so with cuDNN's attention; fsdp over the two nodes, tensor within each."""
+    config = planned("dtype=bfloat16")
+    setup = Setup.of(config, model_config(config.model), h100.devices())
+    compiler = Compiler("rollout", h100.island)
+    with jax.set_mesh(setup.mesh):
+        programs.sampling(compiler, setup, setup.config.prompts_per_step)
+    return compiler
+
+
+def test_the_programs_of_a_rollout_on_gpus(rollout):
+    names = [compiled.name.removeprefix("rollout/") for compiled in rollout.found]
+    assert names == ["unstack", "empty", "prefill", "admit", "resize", "decode"]
+    assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
+    assert "__cudnn$fmha" in rollout.texts["rollout/prefill"]
+
+
+def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
+    found = {compiled.name.removeprefix("rollout/"): compiled for compiled in rollout.found}
+    assert found["unstack"].network_bytes == found["unstack"].collective_bytes["all-gather"] > 0
+    sums = [c for c in collectives(rollout.texts["rollout/decode"]) if c.loops and c.kind == "all-reduce"]
+    assert sums and all(share_outside(c.kind, c.groups, island=2) == 0 for c in sums)
+    assert found["decode"].network_bytes < found["unstack"].network_bytes / 50
