@@ -131,9 +131,12 @@ def empty(
     """
 
     def cache(n, *last, head_axis):
-        zeros = jnp.zeros((n, config.num_key_value_heads, *last), dtype)
-        zeros = quantize(zeros, head_axis) if int8 else zeros
-        zeros = jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), zeros)
+        shape = jax.ShapeDtypeStruct((n, config.num_key_value_heads, *last), dtype)
+        # Their shapes alone: XLA would round zeros for seconds while it compiles.
+        shapes = jax.eval_shape(partial(quantize, axis=head_axis), shape) if int8 else shape
+        zeros = jax.tree.map(
+            lambda x: constrain(jnp.zeros(x.shape, x.dtype), "batch", "kv_heads", None, None), shapes
+        )
         return (zeros,) * config.num_hidden_layers
 
     d, none = config.head_dim, jnp.zeros(slots, jnp.int32)

@@ -97,7 +97,7 @@ class Sampler:
         cut = 1 if mesh is None else row_shards(mesh)
         if any(rows % cut for rows in buckets.rows):
             raise InputError(
-                f"buckets.rows: {buckets.rows} must be multiples of mesh data x fsdp x expert = {cut}"
+                f"buckets.rows: {buckets.rows} must be multiples of mesh slice x data x fsdp x expert = {cut}"
             )
         longest = buckets.prefix[-1] + buckets.branch[-1] + new_tokens
         if longest > model.config.max_position_embeddings:
@@ -113,16 +113,12 @@ class Sampler:
             )
         )
         self.config, self.dtype, self.shards = model.config, model.dtype, cut
-        # Splash's masks are made before lengths are known.
-        kernel = choose_kernel(
-            model.attention, model.dtype, model.config.windows is not None, buckets.branch[-1]
-        )
-        self.apart = kernel == "splash"
+        kernel = choose_kernel(model.attention, model.dtype, model.config.windows is not None, tokens=2)
+        # Splash's masks are made before lengths are known. Scores are written down by XLA alone.
+        self.apart, self.has_scores = kernel == "splash", kernel == "xla"
         self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
         self.allowed = allowed or model.config.vocab_size
         self.stop_ids = tuple(stop_ids)
-        kernel = choose_kernel(model.attention, model.dtype, self.config.windows is not None, 2)
-        self.has_scores = kernel == "xla"
         self.budget = default_budget() if memory_gb is None else int(memory_gb * 1e9)
 
     def generate(

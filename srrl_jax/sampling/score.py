@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 
 from srrl_jax.models.attention import Segment
+from srrl_jax.models.head import token_logprobs
+from srrl_jax.models.modules import project
 from srrl_jax.models.tree import LaneBatch, last_states
 from srrl_jax.parallel import to_host
 from srrl_jax.sampling.buckets import plan_waves
@@ -63,5 +65,8 @@ def next_logprobs(
     """float32 [N, B, C]."""
     model = nnx.merge(graphdef, params)
     state, _, _ = last_states(model, tree, trunk)
-    logits = model.logits(state)
-    return logits[..., candidates] - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # That of one candidate is of the whole vocabulary; the others differ from it by their logits.
+    first = jnp.broadcast_to(candidates[0], (*state.shape[:2], 1))
+    whole, _ = token_logprobs(state[:, :, None], model.head, first)
+    logits = project(state, model.head[candidates], jnp.float32)
+    return whole + logits - logits[..., :1]

@@ -222,4 +222,7 @@ def test_experts_must_divide(eight):
 
 
 def test_rows_must_divide(eight):
-    assert eight["rows_error"] == "buckets.rows: (4, 6) must be multiples of mesh data x fsdp x expert = 8"
+    assert (
+        eight["rows_error"]
+        == "buckets.rows: (4, 6) must be multiples of mesh slice x data x fsdp x expert = 8"
+    )
