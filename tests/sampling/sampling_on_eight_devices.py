@@ -21,9 +21,11 @@ CONFIG = Qwen3Config.from_hf(
     }
 )  # fmt: skip
 random = np.random.default_rng(0)
-PREFIXES = [random.integers(0, 512, n).tolist() for n in (9, 14, 5, 16, 11)]
+PREFIXES = [
+    [40, 50, 60, *random.integers(0, 512, n)] for n in (9, 14, 5, 16, 11)
+]  # alike at first; no expert flips
 BRANCHES = [[random.integers(0, 512, n).tolist() for n in (3, 0)] for _ in PREFIXES]
-TABLE = Buckets(prefix=(16,), branch=(4,), fan_out=(2,), rows=(4,))
+TABLE = Buckets(prefix=(19,), branch=(4,), fan_out=(2,), rows=(4, 8), trunk=(3,))
 
 
 def sample(model, mesh):
