@@ -1,13 +1,17 @@
 """The `srrl` command."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from srrl_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from srrl_jax.grading import JudgeConfig
 
 app = typer.Typer(
     help="Self-rewarding, rubric-based reinforcement learning in JAX.",
@@ -222,6 +226,13 @@ def _sample(
     print(f"{lines} new lines in {out}")
 
 
+def _judging(temperature: float, **asked: Any) -> "JudgeConfig":
+    """How weights are asked to judge, from the options of a command."""
+    from srrl_jax.grading import JudgeConfig
+
+    return JudgeConfig(sampling=dataclasses.replace(JudgeConfig.sampling, temperature=temperature), **asked)
+
+
 @app.command("grade")
 def _grade(
     model: Annotated[str, typer.Argument(help="The grader: a checkpoint, or a teacher's .yaml.")],
@@ -241,10 +252,9 @@ def _grade(
 ) -> None:
     """Grade completions against the rubrics of their rows; shapes follow from the rows."""
     from srrl_jax.evaluation.lines import grade_file
-    from srrl_jax.grading import JudgeConfig
-    from srrl_jax.sampling import SamplingConfig
 
-    config = JudgeConfig(
+    config = _judging(
+        temperature,
         template=template,
         tries=tries,
         votes=votes,
@@ -252,7 +262,6 @@ def _grade(
         max_new_tokens=max_new_tokens,
         verdict=verdict,
         thinking=thinking,
-        sampling=SamplingConfig(temperature=temperature, top_k=20, top_p=0.95),
     )
     lines = grade_file(model, source, out, config=config, batch=batch, dtype=dtype, seed=seed)
     print(f"{lines} new lines in {out}")
@@ -291,7 +300,6 @@ def _evaluate(
     """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
     from srrl_jax.evaluation.commands import run_evaluate
     from srrl_jax.evaluation.judge import AnswerConfig
-    from srrl_jax.grading import JudgeConfig
     from srrl_jax.sampling import SamplingConfig
     from srrl_jax.training.export import exported
 
@@ -307,7 +315,8 @@ def _evaluate(
         answering=AnswerConfig(
             max_new_tokens, thinking, SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
         ),
-        judging=JudgeConfig(
+        judging=_judging(
+            grader_temperature,
             template=template,
             tries=tries,
             votes=votes,
@@ -315,7 +324,6 @@ def _evaluate(
             max_new_tokens=grader_max_new_tokens,
             verdict=verdict,
             thinking=grader_thinking,
-            sampling=SamplingConfig(temperature=grader_temperature, top_k=20, top_p=0.95),
         ),
         batch=batch,
         dtype=dtype,
@@ -343,8 +351,6 @@ def _meta_evaluate(
 ) -> None:
     """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
     from srrl_jax.evaluation.commands import run_meta_evaluate
-    from srrl_jax.grading import JudgeConfig
-    from srrl_jax.sampling import SamplingConfig
     from srrl_jax.training.export import exported
 
     run_meta_evaluate(
@@ -352,7 +358,8 @@ def _meta_evaluate(
         labels,
         out,
         limit=limit,
-        judging=JudgeConfig(
+        judging=_judging(
+            temperature,
             template=template,
             tries=tries,
             votes=votes,
@@ -360,7 +367,6 @@ def _meta_evaluate(
             max_new_tokens=max_new_tokens,
             verdict=verdict,
             thinking=thinking,
-            sampling=SamplingConfig(temperature=temperature, top_k=20, top_p=0.95),
         ),
         batch=batch,
         dtype=dtype,

@@ -97,7 +97,7 @@ class Checkpoint:
 
     def grade(self, items: Sequence[GradingItem], key: jax.Array, config: JudgeConfig) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
-        grader = Grader.at(config, None, self.tokenizer)
+        grader = Grader.at(config, self.tokenizer)
         prefixes, branches = zip(*map(grader.encode, items), strict=True)
         grader.sampler = self._sampler(
             map(len, prefixes),

@@ -55,10 +55,14 @@ class Grader:
         self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
 
     @classmethod
-    def at(cls, config: JudgeConfig, sampler: Sampler | None, tokenizer: Tokenizer) -> Self:
-        """A grader that asks so; without a sampler it only encodes. Raises InputError for its template."""
+    def at(cls, config: JudgeConfig, tokenizer: Tokenizer) -> Self:
+        """A grader that asks so. It only encodes until it is given a `sampler`, which its prompts may size.
+
+        Raises:
+          InputError: the template cannot be read or is none.
+        """
         return cls(
-            sampler,
+            None,
             tokenizer,
             config.read_template(),
             verdict=config.verdict,

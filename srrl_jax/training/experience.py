@@ -51,7 +51,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
       InputError: names the source, the row, the length and the key to enlarge.
     """
     r, g = config.rollout, config.grading
-    grader = make_grader(None, tokenizer, config)
+    grader = Grader.at(config.grading, tokenizer)
     tasks = []
     for row, example in enumerate(examples):
         rendered = tokenizer.render(list(example.prompt), thinking=r.thinking)
@@ -75,11 +75,6 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
                 )
         tasks.append(Task(example, prompt, opened_thought(rendered), row))
     return tasks
-
-
-def make_grader(sampler: Sampler | None, tokenizer: Tokenizer, config: TrainConfig) -> Grader:
-    """A grader at the recipe's settings; without a sampler it only encodes."""
-    return Grader.at(config.grading, sampler, tokenizer)
 
 
 def samplers(
@@ -134,7 +129,7 @@ class SelfRewarder:
     def __init__(self, model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh):
         self.tokenizer = tokenizer
         allowed = min(tokenizer.size, model.config.vocab_size)
-        self.grader = make_grader(None, tokenizer, config)
+        self.grader = Grader.at(config.grading, tokenizer)
         self.sampler, self.grader.sampler = samplers(
             model,
             config,

@@ -11,11 +11,12 @@ import yaml
 from srrl_jax import storage
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
+from srrl_jax.grading import Grader
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import gather
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import Task, encode_tasks, make_grader
+from srrl_jax.training.experience import Task, encode_tasks
 from srrl_jax.training.lessons import load_lessons
 
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
@@ -83,7 +84,7 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
     tasks = encode_tasks(examples, config.data.train, tokenizer, config)
     lessons = []
     if config.data.teacher is not None:
-        grader = make_grader(None, tokenizer, config)
+        grader = Grader.at(config.grading, tokenizer)
         lessons = load_lessons(config.data.teacher, grader, config, first_row=len(tasks))
     if config.data.eval is None:
         return tasks, lessons, []

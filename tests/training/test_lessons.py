@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 
 from srrl_jax.errors import InputError
+from srrl_jax.grading import Grader
 from srrl_jax.grading.asking import SKELETON, GradingItem
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, parse_verdict
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs, oracle
 from srrl_jax.training import train
-from srrl_jax.training.experience import make_grader
 from srrl_jax.training.lessons import load_lessons, with_lessons
 from srrl_jax.training.replay import replay
 
@@ -48,7 +48,7 @@ def graded(tmp_path):
 
 
 def lessons_of(config, path):
-    grader = make_grader(None, load_tokenizer(CHECKPOINT), config)
+    grader = Grader.at(config.grading, load_tokenizer(CHECKPOINT))
     return load_lessons(path, grader, config, first_row=400), grader
 
 
