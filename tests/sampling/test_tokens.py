@@ -86,6 +86,28 @@ def test_frequencies(config, allowed):
     np.testing.assert_allclose(logprobs, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("size", "allowed", "config"),
+    [(300, 290, SamplingConfig()), (64, 64, SamplingConfig(0.7)), (300, 290, SamplingConfig(top_k=40))],
+    ids=str,
+)
+def test_frequencies_of_more_tokens_than_are_drawn_at_one_time(size, allowed, config):
+    """Columns of unlike weight, the last one short, and one without any token that may be drawn."""
+    logits = np.random.default_rng(2).uniform(-1.5, 1.5, size).astype(np.float32)
+    columns = -(-size // 32)
+    logits[1::columns] += 1
+    logits[4 :: max(columns, 5)] = -np.inf
+    tokens, logprobs = draw(logits, config, 100_000, allowed=allowed)
+    probs = probabilities(logits, config, allowed)
+    support = probs > 0
+    counts = np.bincount(tokens, minlength=size)
+    assert not counts[~support].any() and (100_000 * probs[support]).min() > 5
+    assert chisquare(counts[support], 100_000 * probs[support]).pvalue > 0.001
+    np.testing.assert_allclose(
+        logprobs, log_softmax(np.float64(logits) / config.temperature)[tokens], atol=2e-6
+    )
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(-200, 200), min_size=8, max_size=8, unique=True),
