@@ -61,7 +61,8 @@ class Roofline:
         hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
         kv, ffn = c["num_key_value_heads"] * c["head_dim"], c["intermediate_size"]
         self.attention = 4 * layers * heads * c["head_dim"]  # FLOPs of a token for each key
-        self.body = layers * hidden * (2 * heads * c["head_dim"] + 2 * kv + 3 * ffn)
+        self.layers, self.kv_weights = layers, 2 * hidden * kv
+        self.body = layers * (hidden * (2 * heads * c["head_dim"] + 3 * ffn) + self.kv_weights)
         self.head = c["vocab_size"] * hidden
         self.key_bytes = layers * 2 * kv * 4
 
@@ -75,8 +76,9 @@ class Roofline:
         return tokens * (2 * self.body + self.attention * context) + 2 * heads * self.head
 
     def prefill(self, tokens: int, context: float, heads: int) -> float:
-        """Seconds."""
-        return self.forward(tokens, context, heads) / self.gemm
+        """Seconds. Of the last layer, tokens that are not unembedded need their keys and values alone."""
+        body = 2 * self.body / self.layers - 2 * self.kv_weights + self.attention / self.layers * context
+        return (self.forward(tokens, context, heads) - (tokens - heads) * body) / self.gemm
 
     def decode(self, rows: int, shared_rows: int, shared: int, own: int, steps: int) -> float:
         """Seconds of `steps` tokens in `rows` branches of `shared_rows` prefixes of `shared` tokens.

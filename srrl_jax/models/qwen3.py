@@ -10,15 +10,16 @@ Every parameter names its logical axes where it is created (metadata `axes`); th
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
+from srrl_jax.models.attention import Segment, attend, attend_causal, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale, project
 from srrl_jax.models.moe import MoE
@@ -35,6 +36,9 @@ _SAVED = {
 # Returns [N, B, T, H * D], and whatever the caller keeps of the layer.
 Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
+# Which tokens of [N, B, T, ...] a layer computes; it makes keys and values of all of them.
+Read = Callable[[jax.Array], jax.Array]
+
 
 class Attention(nnx.Module):
     def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
@@ -47,16 +51,16 @@ class Attention(nnx.Module):
         self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, cos, sin, look: Look):
-        """x [N, B, T, hidden] -> the same shape, and what `look` keeps."""
+    def __call__(self, x, cos, sin, look: Look, read: Read):
+        """x [N, B, T, hidden] -> the same shape, or that of what is read, and what `look` keeps."""
 
         def heads(y):
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k, v = heads(self.q_proj(read(x))), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y, kept = look(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        y, kept = look(rotate(q, read(cos), read(sin)), rotate(k, cos, sin), v)
         return self.o_proj(y), kept
 
 
@@ -75,12 +79,12 @@ class Layer(nnx.Module):
         parts = [self.self_attn] if isinstance(self.mlp, MoE) else [self.self_attn, self.mlp]
         return {name: x for part in parts for name, x in vars(part).items() if isinstance(x, Linear)}
 
-    def __call__(self, x, mask, cos, sin, look: Look):
+    def __call__(self, x, mask, cos, sin, look: Look, read: Read = lambda x: x):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
-        y, kept = self.self_attn(self.input_layernorm(x), cos, sin, look)
-        x = x + y
+        y, kept = self.self_attn(self.input_layernorm(x), cos, sin, look, read)
+        x = read(x) + y
         y = self.post_attention_layernorm(x)
-        y, load = self.mlp(y, mask) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+        y, load = self.mlp(y, read(mask)) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         return x + y, kept, load
 
 
@@ -154,6 +158,7 @@ class Qwen3(nnx.Module):
         remat: str = "none",
         return_load: bool = False,
         owners: jax.Array | None = None,
+        reads: jax.Array | None = None,
     ):
         """Runs tokens that continue a context: the one path of prefill, decode and training.
 
@@ -168,9 +173,12 @@ class Qwen3(nnx.Module):
           return_load: also return how the new tokens spread over the experts.
           owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
             sequences may so lie one behind the other in a branch.
+          reads: int [N, R], among the B * T places of a row, those whose final state is wanted: the last
+            layer computes no others, beyond their keys and values. For a context that branches share, and
+            not for training.
         Returns:
-          Final hidden states after the last norm [N, B, T, hidden], and the new tokens'
-          keys and values, each [layers, N, K, B, T, D]; on request the `Load` of all layers
+          Final hidden states after the last norm [N, B, T, hidden], or [N, R, hidden] where read, and the
+          new tokens' keys and values, each [layers, N, K, B, T, D]; on request the `Load` of all layers
           together, None without experts.
         Raises:
           InputError: a context without `positions` for layers of sliding attention.
@@ -187,43 +195,61 @@ class Qwen3(nnx.Module):
         if owners is not None:
             own_mask &= owners[..., :, None] == owners[..., None, :]
         kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
+        whole = _View(lambda x: x, positions, positions, own_mask, partial(attend_causal, kernel=kernel))
+        some = None if reads is None else _view_of_some(reads, positions, own_mask)
 
-        def run(x, layers: Layer, of_kind: slice, of_all: slice):
+        def run(carry, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""
             graphdef, stacked = nnx.split(layers)
 
-            def body(x, layer_inputs):
-                weights, keys_values, window = layer_inputs
-                segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
-                allowed = own_mask
-                if window is not None:
-                    segments = [
-                        s._replace(mask=s.mask & near(positions, s.positions, window)) for s in segments
-                    ]
-                    allowed = allowed & near(positions, positions, window)
+            def body(carry, layer_inputs):
+                weights, keys_values, window, is_last = layer_inputs
 
-                def look(q, k, v):
-                    k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-                    return attend_causal(q, segments, Segment(k, v, allowed), kernel), (k, v)
+                def through(x, view: _View):
+                    segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
+                    allowed = view.own_mask
+                    if window is not None:
+                        see = partial(near, view.queries, window=window)
+                        segments = [s._replace(mask=s.mask & see(s.positions)) for s in segments]
+                        allowed = allowed & see(view.keys)
 
-                x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look)
-                return constrain(x, "batch", None, None, None), new
+                    def look(q, k, v):
+                        k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
+                        own = (y.reshape(*y.shape[:2], *view.keys.shape[1:], -1) for y in (k, v))
+                        return view.attend(q, segments, Segment(*own, allowed)), (k, v)
+
+                    x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look, view.read)
+                    return constrain(x, "batch", None, None, None), new
+
+                def every(x, state):
+                    x, new = through(x, whole)
+                    return (x, state), new
+
+                def last(x, _):
+                    state, new = through(x, some)
+                    return (x, state), new
+
+                return every(*carry) if some is None else jax.lax.cond(is_last, last, every, *carry)
 
             if remat != "none":
                 body = jax.checkpoint(body, policy=_SAVED[remat])
-            before = _part([(s.k, s.v) for s in context], of_all), _part(c.windows, of_all)
-            return jax.lax.scan(body, x, (_part(stacked, of_kind), *before))
+            is_last = None if some is None else jnp.arange(c.num_hidden_layers) == c.num_hidden_layers - 1
+            of_each = _part(([(s.k, s.v) for s in context], c.windows, is_last), of_all)
+            return jax.lax.scan(body, carry, (_part(stacked, of_kind), *of_each))
 
+        carry = x, None if some is None else jnp.zeros_like(some.read(x))
         keys_values, loads = [], []
         for experts, of_kind, of_all in _runs(c.has_experts):
-            x, (kv, load) = run(x, self.moe_layers if experts else self.layers, of_kind, of_all)
+            carry, (kv, load) = run(carry, self.moe_layers if experts else self.layers, of_kind, of_all)
             keys_values.append(kv)
             loads += [load] if experts else []
         kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *keys_values)
+        x, state = carry
+        hidden = self.norm(x) if some is None else self.norm(state)[:, 0]
         if not return_load:
-            return self.norm(x), kv
+            return hidden, kv
         load = jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *loads) if loads else None
-        return self.norm(x), kv, load
+        return hidden, kv, load
 
     @property
     def head(self) -> jax.Array:
@@ -233,6 +259,40 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden] -> float32 logits [..., V]; for few positions (see `head.py`)."""
         return project(hidden, self.head, jnp.float32)
+
+
+class _View(NamedTuple):
+    """Which tokens a layer computes, and what they see.
+
+    Attributes:
+      read: takes them from all.
+      queries: their positions, int [N, B, T].
+      keys: positions of all new tokens, int [N, B, T], in the branches in which queries meet their keys.
+      own_mask: bool [N, B, T, T], which new tokens each of them sees.
+      attend: from queries, context and the new tokens to what `Look` returns.
+    """
+
+    read: Read
+    queries: jax.Array
+    keys: jax.Array
+    own_mask: jax.Array
+    attend: Callable[[jax.Array, list[Segment], Segment], jax.Array]
+
+
+def _view_of_some(reads: jax.Array, positions: jax.Array, own_mask: jax.Array) -> _View:
+    """The tokens at `reads` [N, R] of all [N, B, T]: R queries of one branch that holds all new tokens."""
+    n, b, t = positions.shape
+
+    def read(x):
+        flat = x.reshape(n, b * t, *x.shape[3:])
+        return jnp.take_along_axis(flat, jnp.expand_dims(reads, range(2, flat.ndim)), axis=1)[:, None]
+
+    in_branch = jnp.arange(b) == (reads // t)[:, None, :, None]
+    mask = in_branch[..., None] & read(own_mask)[:, :, :, None]
+    return _View(
+        read, read(positions), positions.reshape(n, 1, -1), mask.reshape(n, 1, -1, b * t),
+        lambda q, context, own: attend(q, [*context, own]),
+    )  # fmt: skip
 
 
 def _runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:

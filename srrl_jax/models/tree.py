@@ -60,14 +60,20 @@ def extend_trunk(model: Qwen3, tokens: jax.Array) -> Segment:
     """The keys and values of tokens int32 [T] that every prefix continues."""
     positions = jnp.arange(tokens.size)[None, None]
     mask = jnp.ones(positions.shape, bool)
-    _, (k, v) = model.extend(tokens[None, None], positions, mask)
+    _, (k, v) = model.extend(tokens[None, None], positions, mask, reads=jnp.zeros((1, 1), jnp.int32))
     return Segment(k, v, mask[:, :, None], positions)
 
 
 def extend_prefix(
-    model: Qwen3, tree: TreeBatch | LaneBatch, remat: str = "none", trunk: Segment | None = None
+    model: Qwen3,
+    tree: TreeBatch | LaneBatch,
+    remat: str = "none",
+    trunk: Segment | None = None,
+    trains: bool = True,
 ):
     """Computes each prefix once, on top of the trunk if there is one.
+
+    Without `trains` the last layer computes one state a prefix, so it counts no load of the others.
 
     Returns:
       The last hidden state [N, hidden], what its branches attend to, and the experts' load.
@@ -76,10 +82,17 @@ def extend_prefix(
     mask = _within(tree.prefix_lengths, p)[:, None]
     positions = jnp.broadcast_to(_start(trunk) + jnp.arange(p), (n, 1, p))
     context = [] if trunk is None else [trunk]
+    ends = tree.prefix_lengths[:, None] - 1
     hidden, (k, v), load = model.extend(
-        tree.prefix[:, None], positions, mask, context, remat=remat, return_load=True
+        tree.prefix[:, None],
+        positions,
+        mask,
+        context,
+        remat=remat,
+        return_load=True,
+        reads=None if trains else ends,
     )
-    last = _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0]
+    last = (_at(hidden, ends) if trains else hidden)[:, 0]
     return last, Segment(k, v, mask[:, :, None], positions), load
 
 
@@ -105,7 +118,7 @@ def last_states(model: Qwen3, tree: LaneBatch, trunk: Segment | None = None):
     The branches' segment is that of their lanes. Empty branches (a rollout) take their prefix's last state;
     without any lane the second segment is None.
     """
-    last, prefix, _ = extend_prefix(model, tree, trunk=trunk)
+    last, prefix, _ = extend_prefix(model, tree, trunk=trunk, trains=False)
     (n, b), hidden = tree.branch_lengths.shape, last.shape[-1]
     last = jnp.broadcast_to(last[:, None], (n, b, hidden))
     if tree.lanes.size == 0:
@@ -115,9 +128,8 @@ def last_states(model: Qwen3, tree: LaneBatch, trunk: Segment | None = None):
     begin = jnp.take_along_axis(tree.first, jnp.maximum(tree.owners, 0).reshape(n, -1), axis=1)
     positions = _start(trunk) + tree.prefix_lengths[:, None, None] + flat - begin.reshape(tree.lanes.shape)
     context = [prefix] if trunk is None else [trunk, prefix]
-    states, (k, v) = model.extend(tree.lanes, positions, real, context, owners=tree.owners)
     ends = tree.first + jnp.maximum(tree.branch_lengths - 1, 0)
-    own = jnp.take_along_axis(states.reshape(n, -1, hidden), ends[..., None], axis=1)
+    own, (k, v) = model.extend(tree.lanes, positions, real, context, owners=tree.owners, reads=ends)
     lanes = Segment(k, v, real[:, :, None], positions)
     return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, lanes
 

@@ -8,7 +8,7 @@ from flax import nnx
 from srrl_jax.models import Qwen3, Qwen3Config, counts
 from srrl_jax.models.counts import Tree
 from srrl_jax.models.presets import PRESETS
-from srrl_jax.models.tree import LaneBatch, last_states
+from srrl_jax.models.tree import TreeBatch, extend_branches, extend_prefix
 
 CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=1, num_attention_heads=8,
@@ -22,9 +22,8 @@ def abstract():
 
 
 def batch(tree):
-    lanes, branches = (tree.n, tree.b, tree.l), (tree.n, tree.b)
-    shapes = LaneBatch((tree.n, tree.p), (tree.n,), lanes, lanes, branches, branches)
-    return LaneBatch(*[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes])
+    shapes = TreeBatch((tree.n, tree.p), (tree.n,), (tree.n, tree.b, tree.l), (tree.n, tree.b))
+    return TreeBatch(*[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes])
 
 
 def flops(function, *args) -> float:
@@ -36,7 +35,9 @@ def test_forward():
 
     def states_and_logits(state, tree):
         model = nnx.merge(graphdef, state)
-        return model.logits(last_states(model, tree)[0])
+        last, context, _ = extend_prefix(model, tree)
+        hidden, _, _ = extend_branches(model, tree, context)
+        return model.logits(hidden[:, :, -1]), hidden, last
 
     formula = counts.forward(CONFIG, TREE, 4, causal=False).flops + counts.head(CONFIG, 6, 4).flops
     counted = flops(states_and_logits, state, batch(TREE))

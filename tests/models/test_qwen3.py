@@ -115,6 +115,30 @@ def test_tree_equals_flat(tiny, relative_error, fields):
             assert relative_error(logits[n, b, :length], expected[n, b, p : p + length]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, EXPERTS, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}],
+    ids=["dense", "experts", "sliding"],
+)
+def test_some_states_of_all(tiny, relative_error, fields):
+    """Sequences in lanes on top of a prefix, padded; the keys and values are those of all tokens."""
+    model = tiny(**fields)
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 3, 6))
+    prefix = np.arange(5)[None, None]
+    _, (k, v) = model.extend(prefix, prefix, np.ones(prefix.shape, bool))
+    context = [Segment(k, v, np.ones((1, 1, 1, 5), bool), prefix)]
+    owners = np.array([[0, 0, 0, 1, 1, 2], [3, 3, 3, 3, 3, -1], [4, 4, 5, 5, 5, 5]])
+    positions = 5 + np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3]])
+    owners, positions = (np.broadcast_to(x, tokens.shape) for x in (owners, positions))
+    reads = np.array([[2, 4, 5, 10, 13], [17, 0, 0, 7, 12]])
+    hidden, every = model.extend(tokens, positions, owners >= 0, context, owners=owners)
+    some, kept = model.extend(tokens, positions, owners >= 0, context, owners=owners, reads=reads)
+    wanted = np.take_along_axis(np.asarray(hidden).reshape(2, 18, -1), reads[..., None], axis=1)
+    assert relative_error(some, wanted) < 1e-5
+    for x, y in zip(every, kept, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])
 def test_own_context_equals_flat(tiny, relative_error, fields):
     """Decoding: a branch continues keys and values of its own beside the shared prefix's."""

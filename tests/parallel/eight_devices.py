@@ -40,7 +40,12 @@ EXPERTS = Qwen3Config.from_hf(
 def sample(model, mesh):
     """Tokens and log-probabilities of all completions."""
     run = Sampler(
-        model, TABLE, new_tokens=8, stop_ids=(456, 319), sampling=SamplingConfig(0.8, top_k=50), mesh=mesh
+        model,
+        TABLE,
+        new_tokens=8,
+        stop_ids=range(0, 512, 10),
+        sampling=SamplingConfig(0.8, top_k=50),
+        mesh=mesh,
     )
     results = run.generate(nnx.state(model), PREFIXES, BRANCHES, jax.random.key(3))
     completions = [completion for row in results for completion in row]
