@@ -37,11 +37,12 @@ SEEDS = (0, 1, 2)
 ROWS = 40
 ROOT = Path("runs/teacher_share")
 RECIPE = [
-    "steps=20",
+    "steps=40",
     "prompts_per_step=8",
+    "loss.aggregate=sequence",  # a short verdict weighs as much as a long answer
     "optimizer.microbatch=8",
     "optimizer.learning_rate=3e-4",
-    "eval.every=20",
+    "eval.every=40",
     "eval.frozen=false",
     "rollout.prompt_buckets=[36, 136]",
     f"data.teacher={ROOT / 'lessons.jsonl'}",
@@ -95,16 +96,17 @@ def main() -> None:
     table = Table(title=f"{base.steps} steps of {base.prompts_per_step} prompts; lessons from {ROWS} rows")
     for column in ("lessons", "grader accuracy", "oracle score, Hard", "score it gives itself"):
         table.add_column(column, justify="right")
-    for share in SHARES:
-        runs = []
-        for seed in SEEDS:
+    before, after = [], {share: [] for share in SHARES}
+    for seed in SEEDS:
+        for share in SHARES:
             keys = [f"run_dir={ROOT}/share_{share}_{seed}", f"data.teacher_share={share}", f"seed={seed}"]
-            runs.append(figures(TrainConfig.load("configs/demo.yaml", RECIPE + sys.argv[1:] + keys)))
-            print(share, seed, *runs[-1], flush=True)
-        before, after = zip(*runs, strict=True)
-        if share == SHARES[0]:
-            add_row(table, "before", before)
-        add_row(table, f"{share:.0%}", after)
+            start, end = figures(TrainConfig.load("configs/demo.yaml", RECIPE + sys.argv[1:] + keys))
+            print(f"seed {seed}, {share:.0%}: from {start} to {end}", flush=True)
+            after[share].append(end)
+        before.append(start)
+    add_row(table, "before", before)
+    for share, runs in after.items():
+        add_row(table, f"{share:.0%}", runs)
     Console().print(table)
 
 

@@ -48,11 +48,11 @@ def select(examples: Sequence[Example], tags: Iterable[str]) -> list[Example]:
 def subtract(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
     """`examples` without those whose `prompt_id` is among `others`: HealthBench Easy = main minus Hard.
 
-    Raises InputError when the two share no `prompt_id` (then they are not of one data set) or
-    nothing is left.
+    A conversation of theirs that goes by another id is left out too: it would not be held out either.
+    Raises InputError when the two share no row (then they are not of one data set) or nothing is left.
     """
-    out = {e.prompt_id for e in others}
-    left = [e for e in examples if e.prompt_id not in out]
+    out, prompts = {e.prompt_id for e in others}, {e.prompt_hash for e in others}
+    left = [e for e in examples if e.prompt_id not in out and e.prompt_hash not in prompts]
     if len(left) == len(examples):
         raise InputError(
             f"none of the {len(out)} rows to leave out is among the {len(examples)} rows: "

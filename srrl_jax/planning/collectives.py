@@ -69,14 +69,15 @@ def collectives(text: str) -> list[Collective]:
 
     A scan's body is written once but runs many times: what is in it counts as often. Where the text
     does not say how often a loop runs, it is the largest constant that its condition compares with,
-    which for a loop that may end early is its limit.
+    which for a loop that may end early is its limit. Of the branches of a condition the one that sends most
+    counts.
     """
     bodies, entry = _computations(text)
     devices = int(found[1]) if (found := _DEVICES.search(text)) else 2
     everyone = (tuple(range(devices)),)
-    found = []
 
-    def walk(name: str, runs: int, loops: tuple[str, ...]) -> None:
+    def walk(name: str, runs: int, loops: tuple[str, ...]) -> list[Collective]:
+        found = []
         for line in bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
             if not match:
@@ -92,13 +93,16 @@ def collectives(text: str) -> list[Collective]:
             elif operation == "while":
                 called = dict(re.findall(r"(body|condition)=%?([\w.-]+)", rest))
                 times = _trips(rest, bodies, called["condition"])
-                walk(called["body"], runs * times, (*loops, called["body"]))
+                found += walk(called["body"], runs * times, (*loops, called["body"]))
+            elif operation == "conditional":
+                branches = [walk(branch, runs, loops) for branch in _callees(rest)]
+                found += max(branches, key=lambda sent: sum(c.bytes * c.runs for c in sent))
             elif not operation.endswith("-done"):
                 for callee in _callees(rest):
-                    walk(callee, runs, loops)
+                    found += walk(callee, runs, loops)
+        return found
 
-    walk(entry, 1, ())
-    return found
+    return walk(entry, 1, ())
 
 
 def bytes_by_kind(found: list[Collective]) -> dict[str, float]:

@@ -58,8 +58,13 @@ class Example:
         )
         prompt_id = row.get("prompt_id")
         if prompt_id is None:
-            prompt_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]
+            prompt_id = _hash(prompt)
         return cls(prompt, rubrics, prompt_id, tuple(row.get("example_tags") or ()))
+
+    @property
+    def prompt_hash(self) -> str:
+        """The same for the same conversation, whatever its `prompt_id`."""
+        return _hash(self.prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """The row in HealthBench's schema: `Example.from_dict` of it equals this example."""
@@ -72,3 +77,7 @@ class Example:
             ],
             "example_tags": list(self.example_tags),
         }
+
+
+def _hash(prompt: tuple[Message, ...]) -> str:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:32]

@@ -183,10 +183,9 @@ class Schedule:
 
 
 def widths(longest: int, chunk: int) -> tuple[int, ...]:
-    """Sizes of the cache of own tokens: doubling, up to `longest` and a chunk."""
-    top, sizes = longest + chunk, []
-    size = 2 * chunk
+    """Sizes of the cache of own tokens: 2, 3, 4, 6, 8, 12, ... chunks, up to `longest` and a chunk."""
+    top, sizes, size = longest + chunk, [], 2 * chunk
     while size < top:
-        sizes.append(size)
+        sizes += [size, size * 3 // 2]
         size *= 2
-    return (*sizes, top)
+    return (*(size for size in sizes if size < top), top)

@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -53,6 +54,7 @@ def test_a_tag_that_nothing_carries_is_named_with_the_nearest():
 
 def test_subtract():
     assert subtract([A, B, C], [C]) == [A, B]
+    assert subtract([A, B, C], [dataclasses.replace(C, prompt_id="another id")]) == [A, B]
     with pytest.raises(InputError, match="none of the 1 rows"):
         subtract([A, B], [C])
     with pytest.raises(InputError, match="were the two sets swapped"):

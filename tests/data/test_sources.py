@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections import Counter
 
@@ -224,8 +225,11 @@ def test_hub_failure_is_one_clear_message(datasets, monkeypatch, tmp_path, error
 
 def test_check_disjoint():
     check_disjoint(EXAMPLES[:1], EXAMPLES[1:])
-    with pytest.raises(InputError, match=r"1 prompt_id\(s\) are in both .*id-1;"):
+    with pytest.raises(InputError, match=r"1 row\(s\) are in both .*id-1;"):
         check_disjoint(EXAMPLES[:2], EXAMPLES[1:])
+    renamed = dataclasses.replace(EXAMPLES[1], prompt_id="another id")
+    with pytest.raises(InputError, match=r"word for word.*id-1;"):
+        check_disjoint(EXAMPLES[:2], [renamed])
 
 
 def test_real_rows(shared_data):
@@ -243,7 +247,7 @@ def test_real_rows(shared_data):
     easy = [example for example in main if example.prompt_id not in hard_ids]
     assert len(easy) == 327
     check_disjoint(easy, hard)
-    with pytest.raises(InputError, match=r"^73 prompt_id"):
+    with pytest.raises(InputError, match=r"^73 row"):
         check_disjoint(main, hard)
 
 

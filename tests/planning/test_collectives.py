@@ -102,6 +102,26 @@ def test_between_slices_libtpu_writes_host_transfers():
     assert bytes_outside([found], island=8) == found.bytes * 5 == 5 * 24 * 8 * 4
 
 
+def test_of_the_branches_of_a_condition_one_runs():
+    """The layer of which some states are read, and the others: the one that sends more is counted."""
+    branch = """
+%some (p: (f32[1])) -> (f32[1]) {
+  %few = f32[2,4]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%every (p: (f32[1])) -> (f32[1]) {
+  %many = f32[64,4]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%outer (p: (s32[])) -> (s32[]) {
+  %either = (f32[1]) conditional(%i, %a, %b), branch_computations={%some, %every}"""
+    found = collectives(TEXT.replace("\n%outer (p: (s32[])) -> (s32[]) {", branch))
+    assert [(c.arrays, c.runs) for c in found if c.kind == "all-reduce"] == [
+        (("f32[64,4]",), 5),
+        (("f32[8,4]",), 15),
+    ]
+
+
 def test_the_largest_array():
     assert largest_array(TEXT) == "bf16[16,64]"
     assert array_bytes("f8e4m3fn[10]") == 10 and array_bytes("pred[3,3]") == 9 and array_bytes("s4[8]") == 4
