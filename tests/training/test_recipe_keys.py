@@ -241,7 +241,7 @@ KEYS = {
     "reward.overlong": Key("mask", learning, CUT),
     "reward.overlong_buffer": Key("60", learning),
     "reward.zero_variance": Key("drop", learning, (*KIND_ONLY, "prompts_per_step=4")),
-    "reward.resample": Key("2", fewer_alike, KIND_ONLY),
+    "reward.resample": Key("2", fewer_alike, (*KIND_ONLY, "prompts_per_step=4")),
     "loss.advantage": Key("mean", learning),
     "loss.ratio": Key("sequence", learning),
     "loss.aggregate": Key("sequence", learning),
