@@ -241,9 +241,10 @@ def test_experts_are_balanced_only_when_asked(batch, recipe):
         }
     )  # fmt: skip
     graphdef, params = nnx.split(Qwen3(config, rngs=nnx.Rngs(0)))
-    # One router that prefers an expert, so that there is something to balance.
+    # One router that prefers an expert whatever the token, so that there is something to balance.
+    params["embed_tokens"]["weight"][...] = jnp.abs(params["embed_tokens"]["weight"][...])
     gate = params["moe_layers"]["mlp"]["gate"]["weight"]
-    gate[...] = gate[...].at[:, 1].set(1.0)
+    gate[...] = gate[...].at[:, 1].set(0.1)
 
     def learn(value, microbatch):
         update = make_update(graphdef, recipe("unused", "kl_coef=0", f"loss.balance_experts={value}"), SGD)
