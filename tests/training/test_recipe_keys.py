@@ -192,6 +192,7 @@ FAST = ("optimizer.learning_rate=0.002", "group_size=8")  # ratios far from 1
 CUT = ("rollout.max_new_tokens=20", "rollout.completion_buckets=[20]")  # too short for some answers
 LONG = ("grading.criterion_buckets=[340]", "grading.rows=[2]")  # room for all criteria at once
 KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
+BEST = ("checkpoint.every=1", "checkpoint.keep=1", "steps=4", "seed=2")  # the best is not the last
 SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
 
 KEYS = {
@@ -254,7 +255,7 @@ KEYS = {
     "optimizer.microbatch": Key("2", update_shapes, ("optimizer.minibatches=1",)),
     "checkpoint.every": Key("1", kept(1, 2)),
     "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
-    "checkpoint.best": Key("reward/mean", best_kept, ("checkpoint.every=1", "checkpoint.keep=1", "steps=4", "seed=2")),
+    "checkpoint.best": Key("reward/mean", best_kept, BEST),
     "profile": Key("[2]", traced),
     "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
     "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
