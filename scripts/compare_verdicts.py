@@ -81,15 +81,10 @@ def main() -> None:
         agree, beyond = "–", "–"
         if both:
             agree, beyond = f"{sum(a == b for a, b in both) / len(both):.3f}", f"{kappa(*zip(*both)):.2f}"  # noqa: B905
-        table.add_row(
-            way,
-            f"{share / max(len(truth or read), 1):.3f}",
-            f"{1 - len(read) / len(verdicts):.3f}",
-            agree,
-            beyond,
-            f"{len(verdicts) / seconds:.1f}",
-        )
-        print(way, flush=True)
+        right, unread = share / max(len(truth or read), 1), 1 - len(read) / len(verdicts)
+        row = (way, f"{right:.3f}", f"{unread:.3f}", agree, beyond, f"{len(verdicts) / seconds:.1f}")
+        table.add_row(*row)
+        print(*row, sep=" | ", flush=True)  # at once: the next way may take minutes
     Console(width=110).print(table)
     print(f"{len(first)} criteria of {len(items)} responses; agreement and kappa with the first line")
 
