@@ -23,7 +23,7 @@ CONFIG = Qwen3Config.from_hf(
 random = np.random.default_rng(0)
 PREFIXES = [
     [40, 50, 60, *random.integers(0, 512, n)] for n in (9, 14, 5, 16, 11)
-]  # alike at first; no expert flips
+]  # alike at first; with this key no expert flips
 BRANCHES = [[random.integers(0, 512, n).tolist() for n in (3, 0)] for _ in PREFIXES]
 TABLE = Buckets(prefix=(19,), branch=(4,), fan_out=(2,), rows=(4, 8), trunk=(3,))
 
@@ -35,7 +35,7 @@ def sample(model, mesh):
         int8="weights_kv",
     )  # fmt: skip
     params = nnx.state(model)
-    results = run.generate(params, PREFIXES, BRANCHES, jax.random.key(3))
+    results = run.generate(params, PREFIXES, BRANCHES, jax.random.key(7))
     completions = [completion for row in results for completion in row]
     gaps = reply_gaps(run, params, PREFIXES, [row[0] for row in BRANCHES], [row[0] for row in results])
     return [c.tokens.tolist() for c in completions], [c.logprobs.tolist() for c in completions], gaps
