@@ -1,8 +1,8 @@
 """Rubric rows from files, `datasets` and TFDS: read, checked, selected, and ordered for training."""
 
 from srrl_jax.data.order import epochs_done, step_rows
-from srrl_jax.data.select import select, subtract
-from srrl_jax.data.sources import check_disjoint, load_examples, read_rows
+from srrl_jax.data.select import check_disjoint, select, subtract
+from srrl_jax.data.sources import load_examples, read_rows
 from srrl_jax.data.tfds import write_tfds
 
 __all__ = [

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Example
@@ -51,16 +51,33 @@ def subtract(examples: Sequence[Example], others: Sequence[Example]) -> list[Exa
     A conversation of theirs that goes by another id is left out too: it would not be held out either.
     Raises InputError when the two share no row (then they are not of one data set) or nothing is left.
     """
-    out, prompts = {e.prompt_id for e in others}, {e.prompt_hash for e in others}
-    left = [e for e in examples if e.prompt_id not in out and e.prompt_hash not in prompts]
+    among = _among(others)
+    left = [e for e in examples if not among(e)]
     if len(left) == len(examples):
         raise InputError(
-            f"none of the {len(out)} rows to leave out is among the {len(examples)} rows: "
+            f"none of the {len(others)} rows to leave out is among the {len(examples)} rows: "
             "give the set that they are to be taken from, e.g. main minus hard"
         )
     if not left:
         raise InputError(f"all {len(examples)} rows are among those to leave out: were the two sets swapped?")
     return left
+
+
+def check_disjoint(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
+    """Raise InputError when training and evaluation rows share a `prompt_id` or a whole conversation."""
+    shared = sorted({e.prompt_id for e in filter(_among(evaluation), train)})
+    if shared:
+        names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        raise InputError(
+            f"{len(shared)} row(s) are in both data.train and data.eval, by prompt_id or word for word, so "
+            f"the evaluation would not be held out: {names}; take them out of one of the two (data.minus)"
+        )
+
+
+def _among(others: Sequence[Example]) -> Callable[[Example], bool]:
+    """Whether an example is one of others, by its id or word for word."""
+    ids, prompts = {e.prompt_id for e in others}, {e.prompt_hash for e in others}
+    return lambda e: e.prompt_id in ids or e.prompt_hash in prompts
 
 
 def _kind(tag: str) -> str:

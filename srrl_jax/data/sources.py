@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,18 +60,6 @@ def load_examples(source: str | Path) -> list[Example]:
     if not examples:
         raise InputError(f"{source} holds no rows: add at least one")
     return examples
-
-
-def check_disjoint(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
-    """Raise InputError when training and evaluation rows share a `prompt_id` or a whole conversation."""
-    ids, prompts = {e.prompt_id for e in evaluation}, {e.prompt_hash for e in evaluation}
-    shared = sorted({e.prompt_id for e in train if e.prompt_id in ids or e.prompt_hash in prompts})
-    if shared:
-        names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-        raise InputError(
-            f"{len(shared)} row(s) are in both data.train and data.eval, by prompt_id or word for word, so "
-            f"the evaluation would not be held out: {names}; take them out of one of the two (data.minus)"
-        )
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
