@@ -1,5 +1,7 @@
 """Programs for GPUs that are not here, compiled by JAX's CUDA plugin from a description of the card."""
 
+import re
+
 import jax
 import pytest
 
@@ -36,3 +38,32 @@ def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
     sums = [c for c in collectives(rollout.texts["rollout/decode"]) if c.loops and c.kind == "all-reduce"]
     assert sums and all(share_outside(c.kind, c.groups, island=2) == 0 for c in sums)
     assert found["decode"].network_bytes < found["unstack"].network_bytes / 50
+
+
+def beside(text: str) -> list[tuple[str, bool]]:
+    """Each collective that starts and ends apart, and whether anything is computed in between."""
+    found = []
+    for body in text.split("\n}"):
+        started, work = {}, 0
+        for line in body.splitlines():
+            match = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(%?([\w.-]*)", line)
+            name, operation, operand = match.groups() if match else ("", "", "")
+            if re.match(r"(all|reduce|collective)-.*-start", operation):
+                started[name] = work
+            elif operation.endswith("-done") and operand in started:
+                found.append((operation.removesuffix("-done"), work > started[operand]))
+            work += operation in ("fusion", "custom-call", "dot", "while")
+    return found
+
+
+def test_what_an_update_sends_goes_beside_its_products(planned, h100):
+    """Weights are cut and summed over `fsdp` while other products run: the compiler's own doing."""
+    config = planned("dtype=bfloat16")
+    setup = Setup.of(config, model_config(config.model), h100.devices())
+    compiler = Compiler("update", h100.island)
+    with jax.set_mesh(setup.mesh):
+        programs.update(compiler, setup)
+    sent = beside(compiler.texts["update/update"])
+    hidden = [kind for kind, computed in sent if computed]
+    assert len(hidden) > len(sent) / 2
+    assert hidden.count("reduce-scatter") == [kind for kind, _ in sent].count("reduce-scatter") > 0
