@@ -38,6 +38,8 @@ COLUMNS = {
     "eval/mean_length": "tokens",
 }
 
+WARNED_BY = ("eval.margin", "eval.agreement")
+
 
 def main() -> None:
     config = TrainConfig.load("configs/demo.yaml", HACKED + sys.argv[1:])
@@ -46,7 +48,8 @@ def main() -> None:
 
     curve = oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval")
     truth = dict(curve)
-    warned = {row["step"] for row in read_jsonl(run_dir / "events.jsonl") if "eval.margin" in row["message"]}
+    events = read_jsonl(run_dir / "events.jsonl")
+    warned = {row["step"] for row in events if any(key in row["message"] for key in WARNED_BY)}
     table = Table(title="Held-out answers")
     for column in ("step", *COLUMNS.values(), "warning"):
         table.add_column(column, justify="right")

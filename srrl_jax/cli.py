@@ -13,6 +13,9 @@ from srrl_jax.errors import InputError
 if TYPE_CHECKING:
     from srrl_jax.grading import JudgeConfig
 
+# With these libtpu gathers the weights that `fsdp` cuts while it multiplies; without, it waits for each.
+TPU_FLAGS = "--xla_enable_async_all_gather=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+
 app = typer.Typer(
     help="Self-rewarding, rubric-based reinforcement learning in JAX.",
     no_args_is_help=True,
@@ -377,8 +380,10 @@ def _meta_evaluate(
 def main() -> None:
     """Runs the command line; bad input ends with one message on stderr and exit code 2.
 
-    Compiled programs are kept in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says.
+    Compiled programs are kept in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says. Flags for
+    libtpu that the user sets come after ours, so they win.
     """
+    os.environ["LIBTPU_INIT_ARGS"] = f"{TPU_FLAGS} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
     if "jax" not in sys.modules:  # which reads it once, when it is imported
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "srrl_jax" / "programs"))

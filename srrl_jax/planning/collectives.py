@@ -21,6 +21,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+# libtpu writes a reduce-scatter as a fusion of an all-reduce and of slices of its results.
+_SCATTERING = re.compile(r"calls=%?(all-reduce-scatter[\w.-]*)")
 _DEVICES = re.compile(r"num_partitions=(\d+)")
 
 
@@ -97,6 +99,9 @@ def collectives(text: str) -> list[Collective]:
             elif operation == "conditional":
                 branches = [walk(branch, runs, loops) for branch in _callees(rest)]
                 found += max(branches, key=lambda sent: sum(c.bytes * c.runs for c in sent))
+            elif operation == "fusion" and (sums := _SCATTERING.search(rest)):
+                (summed,) = walk(sums[1], runs, loops)
+                found.append(summed._replace(kind="reduce-scatter", arrays=_results(result, operation)))
             elif not operation.endswith("-done"):
                 for callee in _callees(rest):
                     found += walk(callee, runs, loops)

@@ -219,6 +219,7 @@ class EvalConfig:
     Attributes:
       frozen: let the starting weights grade them too, which costs a copy of the weights and a pass.
       margin: a warning is given where the scores by the live and by the frozen weights are further apart.
+      agreement: and where they give fewer of their verdicts alike.
     """
 
     every: int = 10
@@ -226,6 +227,7 @@ class EvalConfig:
     samples: int = 1
     frozen: bool = True
     margin: float = 0.1
+    agreement: float = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +322,7 @@ class TrainConfig:
             "reward.overlong_buffer": self.reward.overlong_buffer,
             "reward.resample": self.reward.resample,
             "eval.margin": self.eval.margin,
+            "eval.agreement": self.eval.agreement,
             "optimizer.learning_rate": o.learning_rate,
             "optimizer.warmup_steps": o.warmup_steps,
             "optimizer.weight_decay": o.weight_decay,

@@ -14,7 +14,7 @@ import numpy as np
 
 from srrl_jax.grading import Teacher
 from srrl_jax.rubrics import Criterion, score_response
-from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.config import EvalConfig, TrainConfig
 
 JUDGES = ("frozen", "teacher")  # beside the live policy
 _CAUSES = {
@@ -69,15 +69,25 @@ def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
     }
 
 
-def parting(metrics: Mapping[str, float], margin: float) -> list[str]:
-    """A warning for each judge whose score and the live policy's are further apart than `margin`."""
+def parting(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
+    """A warning for each judge whose score and the live policy's are further apart than `config.margin`.
+
+    And one where the frozen start agrees with fewer verdicts than `config.agreement`: what one finds too
+    good and what it finds too bad may cancel in the scores.
+    """
     live, messages = metrics.get("eval/self", math.nan), []
+    agreed = metrics.get("grader/agreement_frozen", math.nan)
+    if agreed < config.agreement:
+        messages.append(
+            f"the policy and its frozen start agree on {agreed:.3f} of the verdicts on held-out answers: "
+            f"fewer than eval.agreement ({config.agreement:g}). {_CAUSES['frozen']}; read the eval samples"
+        )
     for name, who in (("frozen", "its frozen start"), ("teacher", "the teacher")):
         score = metrics.get(f"eval/{name}", math.nan)
-        if abs(live - score) > margin:
+        if abs(live - score) > config.margin:
             messages.append(
                 f"the policy gives its held-out answers {live:.3f}, {who} gives them {score:.3f}: "
-                f"further apart than eval.margin ({margin:g}). {_CAUSES[name]}; read the eval samples"
+                f"further apart than eval.margin ({config.margin:g}). {_CAUSES[name]}; read the eval samples"
             )
     return messages
 

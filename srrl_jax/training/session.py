@@ -142,7 +142,7 @@ class Session:
                 if groups is not None:
                     write_tokens(tokens_path(self._run_dir, step), groups)
                 self.log.write(step, metrics, samples, self.times)
-                parted = parting(metrics, self._config.eval.margin)
+                parted = parting(metrics, self._config.eval)
                 for message in [*new_warnings(metrics, self._metrics), *parted]:
                     self._event("warning", message, step)
         self._live.update(step, metrics | self.times)

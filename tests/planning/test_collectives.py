@@ -122,6 +122,24 @@ def test_of_the_branches_of_a_condition_one_runs():
     ]
 
 
+def test_libtpu_fuses_a_sum_and_a_cut_into_a_scatter():
+    text = """HloModule m, num_partitions=4
+
+%all-reduce-scatter.1 (a: bf16[8,4], b: bf16[4,4]) -> (bf16[8,1], bf16[4,1]) {
+  %sum = (bf16[8,4]{1,0}, bf16[4,4]{1,0}) all-reduce(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%add
+  %first = bf16[8,4]{1,0} get-tuple-element(%sum), index=0
+  %cut = bf16[8,1]{1,0} dynamic-slice(%first, %c, %p), dynamic_slice_sizes={8,1}
+}
+
+ENTRY %main (p: bf16[8,4]) -> bf16[8,1] {
+  %f = (bf16[8,1]{1,0}, bf16[4,1]{1,0}) fusion(%p, %q), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = collectives(text)
+    assert (found.kind, found.arrays) == ("reduce-scatter", ("bf16[8,1]", "bf16[4,1]"))
+    assert bytes_by_kind([found]) == {"reduce-scatter": (8 + 4) * 2 * 3}
+
+
 def test_the_largest_array():
     assert largest_array(TEXT) == "bf16[16,64]"
     assert array_bytes("f8e4m3fn[10]") == 10 and array_bytes("pred[3,3]") == 9 and array_bytes("s4[8]") == 4

@@ -1,14 +1,17 @@
 """What the compiled programs of a small model on a small slice send and keep."""
 
+import dataclasses
 import math
 import re
 
 import jax
 import pytest
 
+from srrl_jax.cli import TPU_FLAGS
 from srrl_jax.planning import programs
 from srrl_jax.planning.collectives import array_bytes, collectives
-from srrl_jax.planning.programs import Compiler
+from srrl_jax.planning.plan import model_config
+from srrl_jax.planning.programs import Compiler, Setup
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
@@ -103,3 +106,26 @@ def test_a_layer_is_summed_twice_forward_and_twice_backward(rollout, updating, s
     prefix, branches = c.rollout.prompt_buckets[-1], c.group_size * c.rollout.max_new_tokens
     for tokens in (prefix, branches):
         assert sums(text, c.optimizer.microbatch, tokens, runs) == 4
+
+
+def test_weights_are_gathered_while_others_are_multiplied(planned, v6e, monkeypatch):
+    """With the flags of `srrl`, at the effort of a run: the parts of a gathering are fused with products.
+    Gradients are cut while they are summed."""
+    config = planned(
+        "mesh.fsdp=4", "mesh.tensor=1", "dtype=bfloat16", "rollout.prompt_buckets=[64]",
+        "rollout.completion_buckets=[64]", "rollout.max_new_tokens=64",
+    )  # fmt: skip
+    wide = dataclasses.replace(
+        model_config(config.model), hidden_size=1024, intermediate_size=3072, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=128, num_hidden_layers=2,
+    )  # fmt: skip
+    options = dict(flag.removeprefix("--").split("=") for flag in TPU_FLAGS.split())
+    monkeypatch.setattr(programs, "_options", lambda: options)
+    setup, compiler = Setup.of(config, wide, v6e.devices()), Compiler("update")
+    with jax.set_mesh(setup.mesh):
+        programs.update(compiler, setup)
+    text = compiler.texts["update/update"]
+    both = [body for body in text.split("\n}") if body.lstrip().startswith("%async_collective_fusion")]
+    assert len(both) > 10 and all(" all-gather(" in b and " convolution(" in b for b in both)
+    kinds = {c.kind for c in collectives(text) if max(map(size, c.arrays)) >= 1024 * 256}
+    assert kinds == {"all-gather", "reduce-scatter"}

@@ -10,6 +10,7 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.report import write_report
 from srrl_jax.tinyworld import oracle_score
 from srrl_jax.training import TrainConfig, train
+from srrl_jax.training.config import EvalConfig
 from srrl_jax.training.monitor import eval_metrics, parting
 
 
@@ -51,11 +52,18 @@ def test_all_figures_by_hand():
 )
 def test_a_warning_needs_a_gap_over_the_margin(live, others, warned):
     metrics = {"eval/self": live} | {f"eval/{name}": score for name, score in others.items()}
-    messages = parting(metrics, 0.1)
+    messages = parting(metrics, EvalConfig(margin=0.1))
     assert len(messages) == len(warned)
     assert all(
         who in said and "eval.margin (0.1)" in said for who, said in zip(warned, messages, strict=True)
     )
+
+
+def test_verdicts_may_part_where_scores_do_not():
+    metrics = {"eval/self": 0.2, "eval/frozen": 0.2, "grader/agreement_frozen": 0.7}
+    (message,) = parting(metrics, EvalConfig(agreement=0.75))
+    assert "0.700" in message and "eval.agreement (0.75)" in message
+    assert not parting(metrics, EvalConfig(agreement=0.7))
 
 
 @pytest.fixture
@@ -84,7 +92,7 @@ EVAL = ("data.eval=srrl_jax/tinyworld/hard.jsonl", "eval.rows=4", "eval.samples=
 def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_path, capsys):
     run, calm = tmp_path / "run", tmp_path / "calm"
     overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "kl_coef=0"]
-    train(recipe(run, *overrides, "eval.margin=0"))
+    train(recipe(run, *overrides, "eval.margin=0", "eval.agreement=1"))
     start, _, end = read_jsonl(run / "metrics.jsonl")
     # At the start the two have the same weights and the same random keys.
     assert start["eval/self"] == start["eval/frozen"] and start["grader/agreement_frozen"] == 1
@@ -94,11 +102,13 @@ def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_
     assert end["eval/teacher"] == pytest.approx(np.mean(truth))
     warnings = [row for row in read_jsonl(run / "events.jsonl") if "eval.margin" in row["message"]]
     assert [row["step"] for row in warnings if "frozen start" in row["message"]] == [2]
+    parted = [row for row in read_jsonl(run / "events.jsonl") if "eval.agreement" in row["message"]]
+    assert [row["step"] for row in parted] == [2]
     shown = capsys.readouterr().out
     assert all(row["message"] in shown for row in warnings)
-    train(recipe(calm, *overrides, "eval.margin=1000"))
+    train(recipe(calm, *overrides, "eval.margin=1000", "eval.agreement=0"))
     assert (calm / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-    assert not any("eval.margin" in row["message"] for row in read_jsonl(calm / "events.jsonl"))
+    assert not any(row["message"].count("eval.") for row in read_jsonl(calm / "events.jsonl"))
     page = write_report(run).read_text()
     assert "Warnings" in page and "further apart than" in page and "graded by the teacher" in page
 
