@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear
+from srrl_jax.models.ragged import ragged_product
 from srrl_jax.parallel import mesh_axes
 
 
@@ -82,11 +83,7 @@ def mix_experts(x, weights, chosen, gate, up, down) -> jax.Array:
     sizes = jnp.bincount(chosen, length=experts + 1)[:experts]
     # Not every backend says what a ragged product holds beyond its last group: keep it out, both ways.
     live = (jnp.arange(tokens * k) < sizes.sum())[:, None]
-    product = partial(
-        jax.lax.ragged_dot_general,
-        group_sizes=sizes,
-        ragged_dot_dimension_numbers=jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]),
-    )
+    product = partial(ragged_product, sizes=sizes)
     rows = jnp.where(live, x[order // k], 0)
     rows = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
     rows = jnp.where(live, rows, 0) * weights.reshape(-1)[order][:, None]
@@ -103,6 +100,7 @@ def _on_the_mesh(x, weights, chosen, gate, up, down) -> jax.Array:
     def local(x, weights, chosen, gate, up, down):
         # JAX 0.10 does not by itself sum the gradient of a gather whose indices alone differ by device.
         x, weights = (jax.lax.pcast(a, experts + inner, to="varying") for a in (x, weights))
+        gate, up, down = (jax.lax.pcast(a, rows, to="varying") for a in (gate, up, down))
         if experts:
             chosen = chosen - jax.lax.axis_index(experts) * gate.shape[0]
         flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
@@ -110,11 +108,11 @@ def _on_the_mesh(x, weights, chosen, gate, up, down) -> jax.Array:
         return jax.lax.psum(y, experts + inner)
 
     experts, inner = mesh_axes("experts", gate.shape[0]), mesh_axes("mlp", gate.shape[1])
+    rows = mesh_axes("expert_rows", x.shape[0])
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, weights, chosen, gate, up, down)
-    rows = P(mesh_axes("expert_rows", x.shape[0]))
     return jax.shard_map(
         local,
-        in_specs=(rows, rows, rows, P(experts, inner), P(experts, inner), P(experts, None, inner)),
-        out_specs=rows,
+        in_specs=(P(rows), P(rows), P(rows), P(experts, inner), P(experts, inner), P(experts, None, inner)),
+        out_specs=P(rows),
     )(x, weights, chosen, gate, up, down)

@@ -10,6 +10,7 @@ from srrl_jax.models import Qwen3Config
 from srrl_jax.models.moe import MoE, mix_experts
 from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import _runs
+from srrl_jax.models.ragged import outer_products
 
 TOKENS, K, EXPERTS, HIDDEN, INNER = 12, 2, 5, 8, 6
 
@@ -109,3 +110,14 @@ def test_tensor_names():
     experts = tensor_names(("moe_layers", "mlp", "experts", "down_proj", "weight"), config)
     assert len(experts) == 3 * 4
     assert experts["model.layers.4.mlp.experts.3.down_proj.weight"] == (2, 3)
+
+
+def test_outer_products_of_groups():
+    """Groups that begin and end within tiles, are empty, or hold several tiles; NaN beyond the last."""
+    sizes, (a, b) = np.array([700, 0, 5, 1100, 1, 0]), (3, 4)
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal((2048, n)).astype(np.float32) for n in (a, b))
+    parts = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
+    expected = np.stack([left[part].T @ right[part] for part in parts])
+    left[sizes.sum() :] = right[sizes.sum() :] = np.nan
+    np.testing.assert_allclose(jax.jit(outer_products)(left, right, jnp.asarray(sizes)), expected, atol=1e-3)

@@ -5,9 +5,11 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from srrl_jax.cli import TPU_FLAGS
+from srrl_jax.models.moe import mix_experts
 from srrl_jax.planning import programs
 from srrl_jax.planning.collectives import array_bytes, collectives
 from srrl_jax.planning.plan import model_config
@@ -129,3 +131,23 @@ def test_weights_are_gathered_while_others_are_multiplied(planned, v6e, monkeypa
     assert len(both) > 10 and all(" all-gather(" in b and " convolution(" in b for b in both)
     kinds = {c.kind for c in collectives(text) if max(map(size, c.arrays)) >= 1024 * 256}
     assert kinds == {"all-gather", "reduce-scatter"}
+
+
+def test_gradients_of_experts_take_no_more_work_for_more_experts(v6e):
+    """XLA's own gradient by the matrices multiplies every row for every expert (`models/ragged.py`)."""
+    rows, hidden, inner, experts = 4096, 256, 512, 16
+    place = jax.sharding.SingleDeviceSharding(v6e.devices()[0])
+
+    def shaped(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def loss(x, matrices, chosen):
+        return mix_experts(x, jnp.ones((rows, 1), x.dtype), chosen, *matrices).astype(jnp.float32).sum()
+
+    up, down = (experts, inner, hidden), (experts, hidden, inner)
+    matrices = [shaped(*up), shaped(*up), shaped(*down)]
+    given = shaped(rows, hidden), matrices, shaped(rows, 1, dtype=jnp.int32)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*given).compile()
+    product = 2 * rows * hidden * inner
+    # Two forward (the sum needs no third), three by the rows; by the matrices a tile of rows, counted once.
+    assert 5 * product < compiled.cost_analysis()["flops"] < 6 * product
