@@ -229,7 +229,11 @@ class Qwen3(nnx.Module):
                     state, new = through(x, some)
                     return (x, state), new
 
-                return every(*carry) if some is None else jax.lax.cond(is_last, last, every, *carry)
+                if some is None:
+                    return every(*carry)
+                carry, (new, load) = jax.lax.cond(is_last, last, every, *carry)
+                # Of what a condition gives back, a GPU's compiler would else gather all rows.
+                return carry, ([constrain(y, "batch", "kv_heads", None, None, None) for y in new], load)
 
             if remat != "none":
                 body = jax.checkpoint(body, policy=_SAVED[remat])

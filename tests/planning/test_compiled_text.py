@@ -48,6 +48,9 @@ def test_no_device_holds_the_cache_of_another(rollout, setup):
     for name in ("decode", "admit", "resize"):
         assert f"[{slots // 2},{heads // 2},32," in rollout.texts[f"rollout/{name}"]
         assert f"[{slots},{heads}," not in rollout.texts[f"rollout/{name}"]
+    layers, rows, text = setup.model.config.num_hidden_layers, slots // 4, rollout.texts["rollout/prefill"]
+    assert f"[{layers},{rows // 2},{heads // 2},1," in text
+    assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
 
 
 @pytest.fixture(scope="module")

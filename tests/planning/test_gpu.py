@@ -15,10 +15,14 @@ pytestmark = pytest.mark.usefixtures("uncached")
 
 
 @pytest.fixture(scope="module")
-def rollout(planned, h100):
+def setup(planned, h100):
     """In bfloat16, so with cuDNN's attention; fsdp over the two nodes, tensor within each."""
     config = planned("dtype=bfloat16")
-    setup = Setup.of(config, model_config(config.model), h100.devices())
+    return Setup.of(config, model_config(config.model), h100.devices())
+
+
+@pytest.fixture(scope="module")
+def rollout(setup, h100):
     compiler = Compiler("rollout", h100.island)
     with jax.set_mesh(setup.mesh):
         programs.sampling(compiler, setup, setup.config.prompts_per_step)
@@ -30,6 +34,13 @@ def test_the_programs_of_a_rollout_on_gpus(rollout):
     assert names == ["unstack", "empty", "prefill", "admit", "resize", "decode"]
     assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
     assert "__cudnn$fmha" in rollout.texts["rollout/prefill"]
+
+
+def test_no_device_makes_the_keys_of_all_rows(rollout, setup):
+    c, (rows,) = setup.model.config, setup.config.rollout.rows
+    text, (layers, heads) = rollout.texts["rollout/prefill"], (c.num_hidden_layers, c.num_key_value_heads)
+    assert f"[{layers},{rows // 2},{heads // 2},1," in text
+    assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
 
 
 def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
@@ -56,10 +67,8 @@ def beside(text: str) -> list[tuple[str, bool]]:
     return found
 
 
-def test_what_an_update_sends_goes_beside_its_products(planned, h100):
+def test_what_an_update_sends_goes_beside_its_products(setup, h100):
     """Weights are cut and summed over `fsdp` while other products run: the compiler's own doing."""
-    config = planned("dtype=bfloat16")
-    setup = Setup.of(config, model_config(config.model), h100.devices())
     compiler = Compiler("update", h100.island)
     with jax.set_mesh(setup.mesh):
         programs.update(compiler, setup)
