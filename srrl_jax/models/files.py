@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +75,8 @@ def on_disk(directory: Path | epath.Path, patterns: Sequence[str]) -> Iterator[P
         return
     with tempfile.TemporaryDirectory() as copy:
         for file in {file for pattern in patterns for file in directory.glob(pattern)}:
-            (Path(copy) / file.name).write_bytes(file.read_bytes())
+            with file.open("rb") as there, (Path(copy) / file.name).open("wb") as here:
+                shutil.copyfileobj(there, here)
         try:
             yield Path(copy)
         except InputError as error:

@@ -8,6 +8,7 @@ holds at most what its devices need of one tensor (of as many experts' as the me
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.models import gguf, safetensors
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.files import Box, Tensor, checkpoint_directory, read_json
+from srrl_jax.models.files import Box, Tensor, checkpoint_directory, on_disk, read_json
 from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.parallel import is_main, left_whole, shardings
@@ -41,7 +41,11 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
       InputError: no weights, pickled weights, an unreadable file, a config that this network does
         not compute, or tensors that are missing, unexpected or misshapen (names tensor and file).
     """
-    directory = _fetch(source)
+    with _fetch(source) as directory:
+        return _load(directory, mesh, dtype)
+
+
+def _load(directory: Path | epath.Path, mesh, dtype) -> Qwen3:
     config, tensors = _open(directory)
     graphdef, state = nnx.split(abstract(config, dtype))
     variables = dict(nnx.to_flat_state(state))
@@ -62,7 +66,8 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
 
 def read_config(source: str | Path) -> Qwen3Config:
     """The config of the checkpoint that `load` would load; see there for errors."""
-    return _open(_fetch(source))[0]
+    with _fetch(source) as directory:
+        return _open(directory)[0]
 
 
 def abstract(config: Qwen3Config, dtype=jnp.float32) -> Qwen3:
@@ -70,8 +75,13 @@ def abstract(config: Qwen3Config, dtype=jnp.float32) -> Qwen3:
     return nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def _fetch(source: str | Path) -> Path | epath.Path:
-    return checkpoint_directory(source, ("*.json", "model*.safetensors", "*.model", "*.jinja"))
+@contextmanager
+def _fetch(source: str | Path) -> Iterator[Path | epath.Path]:
+    """The checkpoint's directory; a GGUF file in an object store lies on a disk for as long as this lasts."""
+    directory = checkpoint_directory(source, ("*.json", "model*.safetensors", "*.model", "*.jinja"))
+    mapped = len(list(directory.glob("*.gguf"))) == 1 and not any(directory.glob("model*.safetensors"))
+    with on_disk(directory, ("*.gguf", "config.json")) if mapped else nullcontext(directory) as directory:
+        yield directory
 
 
 # The tensors of a parameter by their index in it: () alone, (layer,) or (layer, expert).
@@ -195,8 +205,6 @@ def _open_gguf(directory: Path | epath.Path) -> tuple[Qwen3Config, dict[str, Ten
             f"{directory}: no weights; put model.safetensors (or its shards and index) or one "
             ".gguf file there"
         )
-    if storage.is_remote(directory):
-        raise InputError(f"{files[0]}: a GGUF file is read from a disk alone; copy it, or give safetensors")
     if not (directory / "config.json").exists():
         return gguf.read(files[0])
     config, tensors = gguf.read(files[0], Qwen3Config.from_hf(directory))

@@ -79,7 +79,7 @@ def test_what_is_missing_or_broken_is_named_by_its_address(bucket, tmp_path):
         load_tokenizer(source)
 
 
-def test_a_gguf_file_is_read_from_a_disk_alone(bucket):
+def test_a_broken_gguf_file_is_named_where_it_lies(bucket):
     (bucket / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match=r"^gs://bucket/model\.gguf: .* copy it, or give safetensors$"):
+    with pytest.raises(InputError, match=r"^gs://bucket/model\.gguf: truncated or not a GGUF file"):
         Qwen3.from_pretrained(str(bucket))

@@ -3,6 +3,7 @@
 import re
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -107,6 +108,15 @@ def write(tmp_path):
         return folder
 
     return write
+
+
+def test_a_file_in_an_object_store_is_loaded_like_one_on_a_disk(tiny, write, bucket):
+    folder = write(tiny())
+    for file in folder.iterdir():
+        (bucket / file.name).write_bytes(file.read_bytes())
+    here, there = Qwen3.from_pretrained(folder), Qwen3.from_pretrained(str(bucket))
+    assert there.config == here.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(here), nnx.state(there))
 
 
 def weights(model):
