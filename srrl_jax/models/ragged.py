@@ -52,19 +52,20 @@ def outer_products(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.A
     ends = jnp.cumsum(sizes)
     first = (ends - sizes) // tile  # tile of each group
     counts = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)
-    visited = jnp.cumsum(counts)
+    visited, numbers = jnp.cumsum(counts), jnp.arange(visits)
+    group_of = jnp.minimum(jnp.searchsorted(visited, numbers, side="right"), groups - 1)
+    starts = (first[group_of] + numbers - visited[group_of] + counts[group_of]) * tile
 
-    def visit(number, sums):
-        group = jnp.minimum(jnp.searchsorted(visited, number, side="right"), groups - 1)
-        start = (first[group] + number - visited[group] + counts[group]) * tile
+    def visit(sums, which):
+        group, start = which
         place = start + jnp.arange(tile)  # beyond the last group in the visits that are left over
         mine = (place >= ends[group] - sizes[group]) & (place < ends[group])
         parts = (jax.lax.dynamic_slice_in_dim(x, start, tile) for x in (left, right))
         a, b = (jnp.where(mine[:, None], part, 0) for part in parts)  # both: there may be NaN beyond
         product = jnp.einsum("ra,rb->ab", a, b, preferred_element_type=jnp.float32)
-        return sums.at[group].add(product)
+        return sums.at[group].add(product), None
 
     sums = jnp.zeros((groups, left.shape[1], right.shape[1]), jnp.float32)
     # Under `shard_map` a loop's state has to vary over the axes that what it adds varies over.
     varies = jnp.where(False, left[0, 0] * right[0, 0] * sizes[0], 0).astype(jnp.float32)
-    return jax.lax.fori_loop(0, visits, visit, sums + varies)
+    return jax.lax.scan(visit, sums + varies, (group_of, starts))[0]

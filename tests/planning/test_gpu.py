@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from srrl_jax.planning import programs
-from srrl_jax.planning.collectives import collectives
+from srrl_jax.planning.collectives import _INSTRUCTION, KINDS, _computations, collectives
 from srrl_jax.planning.groups import share_outside
 from srrl_jax.planning.plan import model_config
 from srrl_jax.planning.programs import Compiler, Setup
@@ -54,12 +54,11 @@ def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
 def beside(text: str) -> list[tuple[str, bool]]:
     """Each collective that starts and ends apart, and whether anything is computed in between."""
     found = []
-    for body in text.split("\n}"):
+    for body in _computations(text)[0].values():
         started, work = {}, 0
-        for line in body.splitlines():
-            match = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(%?([\w.-]*)", line)
-            name, operation, operand = match.groups() if match else ("", "", "")
-            if re.match(r"(all|reduce|collective)-.*-start", operation):
+        for name, _, operation, rest in (m.groups() for line in body if (m := _INSTRUCTION.match(line))):
+            operand = re.match(r"%?([\w.-]*)", rest)[1]
+            if operation.removesuffix("-start") in KINDS:
                 started[name] = work
             elif operation.endswith("-done") and operand in started:
                 found.append((operation.removesuffix("-done"), work > started[operand]))
