@@ -47,7 +47,8 @@ class Checkpoints:
     """Orbax checkpoints under `run_dir/checkpoints`, written in the background.
 
     The newest `keep` stay, and the best one by `config.best`. What was being written when the process
-    died is removed. With `read_only` nothing on disk is touched.
+    died is removed, at the latest before the next one is written. With `read_only` nothing on disk is
+    touched.
 
     Raises:
       InputError: from every method that writes or waits, when the disk is full or the directory
