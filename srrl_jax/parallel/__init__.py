@@ -1,6 +1,7 @@
 """Mesh, logical axes, placement, and several processes."""
 
 from srrl_jax.parallel.mesh import (
+    ROLLOUT_RULES,
     MeshConfig,
     batch_sharding,
     constrain,
@@ -17,6 +18,7 @@ from srrl_jax.parallel.processes import end_together, gather, is_main, join, loc
 from srrl_jax.parallel.sizes import check_rows, left_whole
 
 __all__ = [
+    "ROLLOUT_RULES",
     "MeshConfig",
     "batch_sharding",
     "check_rows",

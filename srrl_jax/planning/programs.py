@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
-from srrl_jax.parallel import batch_sharding, make_mesh, shardings
+from srrl_jax.models.decoder import Decoder
+from srrl_jax.parallel import ROLLOUT_RULES, batch_sharding, make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
 from srrl_jax.sampling import Buckets, Completion, Sampler
 from srrl_jax.sampling.buckets import Lengths, Wave
@@ -126,6 +127,17 @@ class Setup(NamedTuple):
         brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
         return (self.learnt,) if c.needs_frozen and (c.reference == "device" or brought) else ()
 
+    @property
+    def decoding(self) -> Any:
+        """The weights in the layout that rollouts decode with."""
+        sampler = self.rollout
+        decoder = nnx.state(
+            nnx.eval_shape(
+                lambda params: Decoder(nnx.merge(sampler.graphdef, params), sampler.int8_weights), self.params
+            )
+        )
+        return _placed(decoder, shardings(decoder, self.mesh, ROLLOUT_RULES))
+
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""
         return self.rollout if group == "rollout" else self.grading
@@ -205,12 +217,6 @@ class Compiler:
         )
         return jax.tree.map(_shaped, lowered.out_info, compiled.output_shardings)
 
-    def hold(self, arrays: Any) -> None:
-        """Counts arrays that lie beside the last program too."""
-        last, size = self.found[-1], bytes_here(arrays)
-        more = dict(peak_bytes=last.peak_bytes + size, held_bytes=last.held_bytes + size)
-        self.found[-1] = last._replace(**more)
-
 
 def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
     """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
@@ -225,10 +231,14 @@ def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
     rule, number = _everywhere(sampler.rule, mesh), _everywhere(np.int32(0), mesh)
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
 
-    decoder = compiler(unstack, sampler.graphdef, setup.params, mesh, sampler.int8_weights, held=others)
-    if compiler.group == "grade" and setup.config.frozen_grades:
-        compiler.hold(decoder)  # the policy's are beside those of the start
-        others = (*others, decoder)
+    replaces = None
+    if compiler.group == "grade" and sampler.int8_weights != setup.rollout.int8_weights:
+        others = (*others, setup.decoding)
+    elif compiler.group == "grade" and setup.config.frozen_grades:
+        replaces = setup.decoding
+    decoder = compiler(
+        unstack, sampler.graphdef, setup.params, replaces, mesh, sampler.int8_weights, held=others
+    )
     wave = schedule.next_wave()
     prefix, width, shift = schedule.sizes(wave)
     running = compiler(
@@ -264,7 +274,7 @@ def verdicts(compiler: Compiler, setup: Setup) -> None:
     tree, _ = pack(wave, Plan([], [], Lengths([], []), b), [], [])
     compiler(
         next_logprobs, setup.graphdef, setup.params, _on_mesh(tree, setup.mesh), np.zeros(2, np.int32),
-        held=(setup.opt_state, *setup.beside("grade")),
+        held=(setup.opt_state, setup.decoding, *setup.beside("grade")),
     )  # fmt: skip
 
 

@@ -190,16 +190,21 @@ class Sampler:
             on_wave(done, total)
         return [[self._completion(*branch) for branch in row] for row in drawn]
 
-    def ready(self, params: Any) -> Weights:
+    def ready(self, params: Any, replaces: Weights | None = None) -> Weights:
         """What `generate` makes of weights before anything else, to be made once for several calls.
 
         What another sampler of the same model has made ready is taken as it is, unless for 8 bits.
+
+        Args:
+          replaces: weights made ready before and done with. Their decoding layout is donated, so that
+            there are never two; what they were made of is left alone.
         """
         if isinstance(params, Weights):
             if params.int8 == self.int8_weights:
                 return params
             params = params.params
-        decoder = unstack(self.graphdef, params, self.mesh, self.int8_weights)
+        old = replaces.decoder if replaces and replaces.int8 == self.int8_weights else None
+        decoder = unstack(self.graphdef, params, old, self.mesh, self.int8_weights)
         return Weights(params, decoder, self.int8_weights)
 
     def plan(self, prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]]) -> Plan:
@@ -278,9 +283,12 @@ class Sampler:
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "mesh", "int8"))
-def unstack(graphdef, params, mesh: jax.sharding.Mesh | None, int8: bool):
-    """From the weights of training to those of a `Decoder`, in the layout of rollouts."""
+@partial(jax.jit, static_argnames=("graphdef", "mesh", "int8"), donate_argnames="replaces", keep_unused=True)
+def unstack(graphdef, params, replaces, mesh: jax.sharding.Mesh | None, int8: bool):
+    """From the weights of training to those of a `Decoder`, in the layout of rollouts.
+
+    Training goes on with `params`; what is donated is an earlier result, or None.
+    """
     decoder = nnx.state(Decoder(nnx.merge(graphdef, params), int8))
     return decoder if mesh is None else rollout_layout(decoder, mesh)
 

@@ -139,9 +139,12 @@ class SelfRewarder:
             trunk=self.grader.question.trunk,
         )
 
-    def ready(self, params: Any) -> Weights:
-        """The weights as both roles take them: moved to the layout of rollouts, and there."""
-        return jax.block_until_ready(self.sampler.ready(params))
+    def ready(self, params: Any, replaces: Weights | None = None) -> Weights:
+        """The weights as both roles take them: moved to the layout of rollouts, and there.
+
+        Those that they replace are of no use any more.
+        """
+        return jax.block_until_ready(self.sampler.ready(params, replaces))
 
     def rollout(
         self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave

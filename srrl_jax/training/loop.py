@@ -62,9 +62,13 @@ def train(config: TrainConfig) -> TrainState:
                     return rewarder.ready(learner.policy(state.params))
 
             def judge(name: str, weights: Weights, key: jax.Array) -> Judge:
+                """The frozen weights take the place of `weights`, which are of no use after that."""
                 if name == "teacher":
                     return teacher
-                return rewarder.judge(learner.frozen if name == "frozen" else weights, key)
+                if name == "frozen":
+                    with session.phase("relayout"):
+                        weights = rewarder.ready(learner.frozen, replaces=weights)
+                return rewarder.judge(weights, key)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)
@@ -73,8 +77,9 @@ def train(config: TrainConfig) -> TrainState:
                 with session.phase("rollout") as on_wave:
                     groups = rewarder.rollout(weights, tasks, config.group_size, rollout_key, on_wave)
                 # 2. The same weights (or frozen ones, or a teacher) judge every answer by every criterion.
+                grader = judge(config.grader, weights, grade_key)
                 with session.phase("grade") as on_wave:
-                    graded = rewarder.grade(judge(config.grader, weights, grade_key), tasks, groups, on_wave)
+                    graded = rewarder.grade(grader, tasks, groups, on_wave)
                 longest = config.rollout.max_new_tokens
                 return groups, graded, training_rewards(tasks, groups, graded, config.reward, longest)
 
@@ -83,10 +88,11 @@ def train(config: TrainConfig) -> TrainState:
                 weights = policy()
                 with session.phase("eval") as on_wave:
                     groups = rewarder.rollout(weights, held_out, config.eval.samples, rollout_key, on_wave)
-                    graded = {
-                        name: rewarder.grade(judge(name, weights, grade_key), held_out, groups, on_wave)
-                        for name in judges_of(config)
-                    }
+                graded = {}
+                for name in judges_of(config):  # "self" first, while there are its weights
+                    grader = judge(name, weights, grade_key)
+                    with session.phase("eval") as on_wave:
+                        graded[name] = rewarder.grade(grader, held_out, groups, on_wave)
                 samples = sample_rows("eval", held_out, groups, graded.pop("self"), others=graded)
                 return eval_metrics(samples), samples
 

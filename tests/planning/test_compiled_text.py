@@ -43,6 +43,18 @@ def test_no_weights_are_gathered_while_decoding(rollout, setup):
     assert sum(c.bytes for c in moved if c.kind == "all-gather") > smallest, "they are gathered before it"
 
 
+def test_weights_move_into_the_place_of_those_before(setup):
+    """Where frozen weights grade: the re-layout's results lie in what is donated, as training's stay."""
+    compiler = Compiler("grade")
+    with jax.set_mesh(setup.mesh):
+        made = compiler(
+            programs.unstack, setup.grading.graphdef, setup.params, setup.decoding, setup.mesh, False
+        )
+    assert compiler.texts["grade/unstack"].count("may-alias") == len(jax.tree.leaves(made))
+    facts = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, setup.decoding)]
+    assert facts[0] == facts[1]
+
+
 def test_no_device_holds_the_cache_of_another(rollout, setup):
     slots, heads = 8 * 4, setup.model.config.num_key_value_heads
     for name in ("decode", "admit", "resize"):

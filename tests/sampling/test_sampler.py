@@ -154,6 +154,22 @@ def test_weights_come_with_the_call(model, other_model, params, mixed, plain):
     assert_same(run.generate(params, *mixed, KEY), plain, exact=True)
 
 
+@pytest.mark.parametrize("int8", ["none", "weights"])
+def test_ready_weights_take_the_place_of_others(model, other_model, params, mixed, int8):
+    """What decoding took of the old ones is donated; what they were made of stays."""
+    run = Sampler(model, buckets(), new_tokens=8, stop_ids=NEVER, sampling=WARM, int8=int8)
+    expected = run.generate(params, *mixed, KEY)
+    old = run.ready(nnx.state(other_model))
+    new = run.ready(params, replaces=old)
+    assert all(x.is_deleted() for x in jax.tree.leaves(old.decoder))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((old.params, new.decoder)))
+    assert_same(run.generate(new, *mixed, KEY), expected, exact=True)
+    unlike = "none" if run.int8_weights else "weights"
+    other = Sampler(model, buckets(), new_tokens=8, stop_ids=NEVER, int8=unlike)
+    other.ready(params, replaces=new)  # of other types, so nothing could be taken from it
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new.decoder))
+
+
 def test_stops_each_branch_at_its_first_stop_id(model, params, mixed, plain, monkeypatch):
     """Stopping only cuts: the tokens before it are those of a run that never stops."""
     stops = (int(plain[0][0].tokens[2]), int(plain[4][2].tokens[4]))

@@ -18,6 +18,7 @@ from srrl_jax.training.experience import SelfRewarder, Task
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
+EVAL = (f"data.eval={CHECKPOINT.parent / 'hard.jsonl'}", "eval.rows=2", "eval.samples=2")
 
 
 def values_of(params) -> np.ndarray:
@@ -54,6 +55,22 @@ def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_f
     assert not same(answers[0], answers[1])  # it learnt
     assert same(grades[0], answers[0])
     assert same(grades[1], answers[1] if grader == "policy" else answers[0])
+
+
+def test_there_is_one_decoding_layout_at_a_time(recipe, tmp_path, monkeypatch):
+    """Where frozen weights grade, or watch, they take the place of the policy's."""
+    replaced, ready = [], SelfRewarder.ready
+
+    def spy(self, params, replaces=None):
+        made = ready(self, params, replaces)
+        gone = [x.is_deleted() for x in jax.tree.leaves(replaces.decoder)] if replaces else []
+        assert all(gone)
+        replaced.append(len(gone))
+        return made
+
+    monkeypatch.setattr(SelfRewarder, "ready", spy)
+    train(recipe(tmp_path, "steps=1", "grader=frozen", *EVAL))
+    assert [count > 0 for count in replaced] == [False, True] * 3  # before the step, in it, and after it
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(recipe):
