@@ -81,11 +81,11 @@ class Layer(nnx.Module):
 
     def __call__(self, x, mask, cos, sin, look: Look, read: Read = lambda x: x):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
-        y, kept = self.self_attn(self.input_layernorm(x), cos, sin, look, read)
-        x = read(x) + y
-        y = self.post_attention_layernorm(x)
+        y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look, read)
+        x = read(x) + _scattered(y)
+        y = _gathered(self.post_attention_layernorm(x))
         y, load = self.mlp(y, read(mask)) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
-        return x + y, kept, load
+        return x + _scattered(y), kept, load
 
 
 class Qwen3(nnx.Module):
@@ -188,7 +188,7 @@ class Qwen3(nnx.Module):
             raise InputError("layer_types has sliding_attention, but a context segment has no positions")
         # Whole rows for the lookup: XLA would else replicate its result, [N, B, T, hidden].
         x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens].astype(self.dtype)
-        x = constrain(x, "batch", None, None, None)
+        x = _scattered(x)
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         steps = jnp.arange(tokens.shape[-1])
         own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
@@ -219,7 +219,7 @@ class Qwen3(nnx.Module):
                         return view.attend(q, segments, Segment(*own, allowed)), (k, v)
 
                     x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look, view.read)
-                    return constrain(x, "batch", None, None, None), new
+                    return constrain(x, *_CUT), new
 
                 def every(x, state):
                     x, new = through(x, whole)
@@ -249,7 +249,7 @@ class Qwen3(nnx.Module):
             loads += [load] if experts else []
         kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *keys_values)
         x, state = carry
-        hidden = self.norm(x) if some is None else self.norm(state)[:, 0]
+        hidden = _gathered(self.norm(x)) if some is None else _gathered(self.norm(state))[:, 0]
         if not return_load:
             return hidden, kv
         load = jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *loads) if loads else None
@@ -263,6 +263,24 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden] -> float32 logits [..., V]; for few positions (see `head.py`)."""
         return project(hidden, self.head, jnp.float32)
+
+
+# Activations [N, B, T, hidden] between layers, of which each device of the mesh axis `tensor` has some
+# tokens, and within attention and MLPs, whose weights it cuts: sequence parallelism (Korthikanti et al.,
+# arXiv 2205.05198). A sum over `tensor` costs the same in these two halves, and what the backward pass
+# keeps of a layer, and all that norms compute, is divided by `tensor`.
+_CUT = ("batch", None, "tokens", None)
+_WHOLE = ("batch", None, None, None)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """From between layers to within. Both pins, so that the gradient's way back is `_scattered`."""
+    return constrain(constrain(x, *_CUT), *_WHOLE)
+
+
+def _scattered(x: jax.Array) -> jax.Array:
+    """From within a layer, where `x` may be a sum over `tensor`, to between layers."""
+    return constrain(constrain(x, *_WHOLE), *_CUT)
 
 
 class _View(NamedTuple):

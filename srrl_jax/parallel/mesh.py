@@ -15,9 +15,9 @@ from srrl_jax.errors import InputError
 
 # Weights: fsdp cuts the embedding axis, tensor cuts heads, the MLP and the vocabulary, expert cuts the
 # experts. Activations: rows go over all axes but tensor. Over expert too, because all but the experts
-# would else be computed expert times over; rows meet their experts as `expert_rows`. Nothing but rows goes
-# over slice, since the network between slices is slow: sampled tokens cross it, and gradients, once a
-# microbatch.
+# would else be computed expert times over; rows meet their experts as `expert_rows`. Between layers tensor
+# cuts the tokens of a row (see `models/qwen3.py`). Nothing but rows goes over slice, since the network
+# between slices is slow: sampled tokens cross it, and gradients, once a microbatch.
 Rules = dict[str | None, str | tuple[str, ...] | None]
 RULES: Rules = {
     "layers": None,
@@ -26,6 +26,7 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "tokens": "tensor",
     "experts": "expert",
     "batch": ("slice", "data", "fsdp", "expert"),
     "expert_rows": ("slice", "data", "fsdp"),

@@ -39,40 +39,42 @@ def _program(group: str, program: str, setup: Setup, tree: Tree, island: int) ->
     tokens, slots = tree.tokens / rows, tree.n * tree.b / rows
     cache = tokens * counts.cache_bytes(c, width) / min(tensor, c.num_key_value_heads)
     hidden = tokens * c.hidden_size
-    # Two layers' weights, gathered; a layer's residual stream in float32 and its MLP.
-    layer = 2 * acting / c.num_hidden_layers + 12 * hidden + 3 * tokens * width * c.intermediate_size / tensor
+    # Two layers' weights, gathered; a layer's residual stream in float32, its gathered input and its MLP.
+    stream, inner = 12 * hidden / tensor, width * (hidden + 3 * tokens * c.intermediate_size / tensor)
+    layer = 2 * acting / c.num_hidden_layers + stream + inner
     logits = 3 * 4 * slots * c.vocab_size / tensor
 
     gathered = acting * (1 - 1 / mesh["fsdp"])
-    # Of one token: two sums of a layer's results over the tensor axis.
-    summed = 2 * c.num_hidden_layers * c.hidden_size * width * 2 * (1 - 1 / tensor)
+    # Of one token: two sums of a layer's results over the tensor axis, either in two halves.
+    half = 2 * c.num_hidden_layers * c.hidden_size * width * (1 - 1 / tensor)
+
+    def sums(count):
+        return [(kind, "tensor", count * half) for kind in ("reduce-scatter", "all-gather")]
+
     decoding = {"weights of rollouts": acting, "keys and values": cache}
     match program:
         case "unstack":
             extra, sent = {"weights of rollouts": acting}, [("all-gather", "fsdp", gathered)]
         case "prefill":
             extra = decoding | {"one layer": layer}
-            sent = [("all-gather", "fsdp", gathered), ("all-reduce", "tensor", tokens * summed)]
+            sent = [("all-gather", "fsdp", gathered), *sums(tokens)]
         case "decode":
             extra = decoding | {"logits": logits}
-            sent = [("all-reduce", "tensor", setup.sampler(group).chunk * slots * summed)]
+            sent = [("all-reduce", "tensor", setup.sampler(group).chunk * slots * 2 * half)]
         case "completion_logprobs":
             extra = {"one layer": layer}
-            sent = [
-                ("all-gather", "fsdp", passes * gathered),
-                ("all-reduce", "tensor", passes * tokens * summed),
-            ]
+            sent = [("all-gather", "fsdp", passes * gathered), *sums(passes * tokens)]
         case "update":
             extra = {
                 "gradients": 2 * learnt,  # of a microbatch, and their sum
-                "inputs of all layers": hidden * width * c.num_hidden_layers,
+                "inputs of all layers": hidden / tensor * width * c.num_hidden_layers,
                 "one layer": 3 * layer,
             }
             copies = [axis for axis in mesh if axis not in ("fsdp", "tensor", "expert")]  # of all weights
             sent = [
                 ("all-gather", "fsdp", passes * 2 * gathered),
                 ("reduce-scatter", "fsdp", passes * (mesh["fsdp"] - 1) * learnt),
-                ("all-reduce", "tensor", passes * 3 * tokens * summed),
+                *sums(passes * 3 * tokens),
                 *(("all-reduce", axis, passes * 2 * (1 - 1 / mesh[axis]) * learnt) for axis in copies),
             ]
     total: Counter[str] = Counter()

@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub import constants
 
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ def hub(tmp_path, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
+    url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -179,9 +179,10 @@ def test_no_weights_and_pickles(checkpoint):
 
 def test_sources_that_are_not_there(checkpoint, tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def offline(name, allow_patterns):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files\nlong story")
+        raise LocalEntryNotFoundError("cannot find the files\nlong story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match="owner/name: .*hub did not give it: cannot find the files$"):

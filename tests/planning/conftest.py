@@ -56,5 +56,5 @@ def h100() -> Topology:
 @pytest.fixture(scope="session")
 def setup(planned, v6e) -> Setup:
     """Of the small recipe on four chips, fsdp 2 x tensor 2."""
-    config = planned()
+    config = planned("rollout.prompt_buckets=[80]")
     return Setup.of(config, model_config(config.model), v6e.devices())

@@ -93,36 +93,71 @@ def test_an_update_gives_back_what_it_took(setup, updating):
     assert all(jax.tree.leaves(same))
 
 
-def test_weights_are_gathered_a_layer_at_a_time_and_activations_never(rollout, updating, setup):
+def pieces(setup, rows: int, tokens: int) -> tuple[int, int, int]:
+    """Numbers in activations: of all rows; of a device's rows; of these the tokens it has between layers."""
+    whole = rows * tokens * setup.model.config.hidden_size
+    own = whole // math.prod(setup.mesh.shape[axis] for axis in ("data", "fsdp"))
+    return whole, own, own // setup.mesh.shape["tensor"]
+
+
+@pytest.fixture(scope="module")
+def batches(setup):
+    """Rows and tokens of what a prefill and an update compute."""
+    b, c = setup.rollout.buckets, setup.config
+    branches = c.group_size * c.rollout.max_new_tokens
+    updated = [(c.optimizer.microbatch, tokens) for tokens in (c.rollout.prompt_buckets[-1], branches)]
+    return {"rollout/prefill": [(b.rows[-1], b.prefix[-1])], "update/update": updated}
+
+
+def test_weights_are_gathered_a_layer_at_a_time_and_activations_of_own_rows_alone(
+    rollout, updating, setup, batches
+):
     """A row's activations stay on the devices that have the row."""
     layer = [x.shape[1:] if x.ndim == 3 else x.shape for x in jax.tree.leaves(setup.params) if x.ndim > 1]
     weights = {math.prod(shape) // setup.mesh.shape["tensor"] for shape in layer}
     weights |= {shape[-1] for shape in layer}  # norms
-    rows = setup.config.optimizer.microbatch, setup.rollout.buckets.rows[-1]
-    tokens = setup.rollout.buckets.prefix[-1], setup.config.group_size * setup.config.rollout.max_new_tokens
-    activations = {n * t * setup.model.config.hidden_size for n in rows for t in tokens}
-    assert not weights & activations
-    for text in (rollout.texts["rollout/prefill"], updating[0].texts["update/update"]):
-        gathered = {size(a) for c in collectives(text) if c.kind == "all-gather" for a in c.arrays}
-        assert gathered <= weights and len(gathered) > 2
+    texts = rollout.texts | updating[0].texts
+    for name, sizes in batches.items():
+        of_all, own, _ = (set(each) for each in zip(*(pieces(setup, *size) for size in sizes), strict=True))
+        assert not weights & (of_all | own)
+        found = [c for c in collectives(texts[name]) if c.kind == "all-gather"]
+        gathered = {size(a) for c in found for a in c.arrays}
+        assert gathered <= weights | own and len(gathered & weights) > 2
 
 
-def test_a_layer_is_summed_twice_forward_and_twice_backward(rollout, updating, setup):
-    """Tensor parallelism: after attention and after the MLP, for prefixes and for branches."""
-    c, layers = setup.config, setup.model.config.num_hidden_layers
-    share = math.prod(setup.mesh.shape[axis] for axis in ("data", "fsdp"))
+def test_a_layer_is_summed_twice_each_way_and_handed_on_in_pieces(rollout, updating, setup, batches):
+    """After attention and after the MLP, for prefixes and for branches, each device of `tensor` gets the
+    sum of its tokens; before them it gathers all. Nothing is summed whole."""
+    layers, texts = setup.model.config.num_hidden_layers, rollout.texts | updating[0].texts
+    for name, sizes in batches.items():
+        update = name == "update/update"
+        runs = layers * setup.microbatches if update else layers
+        found = [c for c in collectives(texts[name]) if c.runs == runs]
+        for rows, tokens in sizes:
+            _, own, piece = pieces(setup, rows, tokens)
 
-    def sums(text, rows, tokens, runs):
-        whole = rows // share * tokens * setup.model.config.hidden_size
-        found = [c for c in collectives(text) if c.kind == "all-reduce" and c.runs == runs]
-        return sum(size(a) == whole for c in found for a in c.arrays)
+            def count(kind, numbers, found=found):
+                return sum(size(a) == numbers for c in found if c.kind == kind for a in c.arrays)
 
-    b, text = setup.rollout.buckets, rollout.texts["rollout/prefill"]
-    assert sums(text, b.rows[-1], b.prefix[-1], layers) == 2
-    text, runs = updating[0].texts["update/update"], layers * setup.microbatches
-    prefix, branches = c.rollout.prompt_buckets[-1], c.group_size * c.rollout.max_new_tokens
-    for tokens in (prefix, branches):
-        assert sums(text, c.optimizer.microbatch, tokens, runs) == 4
+            each_way = 4 if update else 2
+            assert count("reduce-scatter", piece) == count("all-gather", own) == each_way
+            assert count("all-reduce", own) == 0
+
+
+def test_what_the_backward_pass_keeps_is_in_pieces(updating, setup, batches):
+    """With full remat, of each layer its input."""
+    layers, hidden = setup.model.config.num_hidden_layers, setup.model.config.hidden_size
+    setup = setup._replace(config=dataclasses.replace(
+        setup.config, optimizer=dataclasses.replace(setup.config.optimizer, remat="full")
+    ))  # fmt: skip
+    compiler = Compiler("update")
+    with jax.set_mesh(setup.mesh):
+        programs.update(compiler, setup)
+    found = set(re.findall(rf"\[{layers},[\d,]+,{hidden}\]", compiler.texts["update/update"]))
+    kept = {math.prod(map(int, x[1:-1].split(","))) // layers for x in found}
+    for rows, tokens in batches["update/update"]:
+        _, own, piece = pieces(setup, rows, tokens)
+        assert piece in kept and own not in kept
 
 
 def test_weights_are_gathered_while_others_are_multiplied(planned, v6e, monkeypatch):
