@@ -43,14 +43,15 @@ def over_mesh(function, q: jax.Array, segments: list[Segment]) -> jax.Array:
 def splash(q: jax.Array, segments: list[Segment], interpret: bool = False) -> jax.Array:
     """`attend` by TPU splash attention, forward and backward; blocks that no query sees are skipped.
 
-    The last segment must be the queries' own tokens, seen causally; the other masks must be alike for all
-    queries of a branch (no sliding window). `interpret` runs it on a CPU.
+    The last segment must be the queries' own tokens, seen causally, with a mask [N, B, 1, T] of those that
+    are not padding; the other masks must be alike for all queries of a branch (no sliding window).
+    `interpret` runs it on a CPU.
     """
     n, b, t, h, d = q.shape
     *context, own = segments
     heads = own.k.shape[1]
     q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(n, b * t, heads, h // heads, d).transpose(0, 2, 3, 1, 4)
-    real = jnp.diagonal(own.mask, axis1=-2, axis2=-1)  # [N, B, T]: a token that is not padding sees itself
+    real = own.mask[:, :, 0]
     seen = [jnp.broadcast_to(s.mask[:, :, 0], (n, s.k.shape[2], s.k.shape[3])) for s in context]
     keys_real = jnp.concatenate([x.reshape(n, -1) for x in (*seen, real)], axis=1)
     k, v = _flat(segments)

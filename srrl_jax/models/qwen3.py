@@ -172,7 +172,7 @@ class Qwen3(nnx.Module):
             everything; "dots", all but the products with weights.
           return_load: also return how the new tokens spread over the experts.
           owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
-            sequences may so lie one behind the other in a branch.
+            sequences may so lie one behind the other in a branch. Splash wants one in each.
           reads: int [N, R], among the B * T places of a row, those whose final state is wanted: the last
             layer computes no others, beyond their keys and values. For a context that branches share, and
             not for training.
@@ -190,13 +190,15 @@ class Qwen3(nnx.Module):
         x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens].astype(self.dtype)
         x = _scattered(x)
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        steps = jnp.arange(tokens.shape[-1])
-        own_mask = mask[:, :, None, :] & (steps[:, None] >= steps[None, :])
-        if owners is not None:
-            own_mask &= owners[..., :, None] == owners[..., None, :]
         kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
+        own_mask = mask[:, :, None, :]
+        if kernel != "splash":  # which needs no square of the length to know the order
+            steps = jnp.arange(tokens.shape[-1])
+            own_mask = own_mask & (steps[:, None] >= steps[None, :])
+            if owners is not None:
+                own_mask &= owners[..., :, None] == owners[..., None, :]
         whole = _View(lambda x: x, positions, positions, own_mask, partial(attend_causal, kernel=kernel))
-        some = None if reads is None else _view_of_some(reads, positions, own_mask)
+        some = None if reads is None else _view_of_some(reads, positions, mask, owners)
 
         def run(carry, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""
@@ -290,7 +292,7 @@ class _View(NamedTuple):
       read: takes them from all.
       queries: their positions, int [N, B, T].
       keys: positions of all new tokens, int [N, B, T], in the branches in which queries meet their keys.
-      own_mask: bool [N, B, T, T], which new tokens each of them sees.
+      own_mask: bool [N, B, T, T] (for splash [N, B, 1, T]), which new tokens each of them sees.
       attend: from queries, context and the new tokens to what `Look` returns.
     """
 
@@ -301,18 +303,20 @@ class _View(NamedTuple):
     attend: Callable[[jax.Array, list[Segment], Segment], jax.Array]
 
 
-def _view_of_some(reads: jax.Array, positions: jax.Array, own_mask: jax.Array) -> _View:
+def _view_of_some(reads: jax.Array, positions: jax.Array, mask: jax.Array, owners: jax.Array | None) -> _View:
     """The tokens at `reads` [N, R] of all [N, B, T]: R queries of one branch that holds all new tokens."""
     n, b, t = positions.shape
+    branch, step = (x[..., None, None] for x in jnp.divmod(reads, t))
 
     def read(x):
         flat = x.reshape(n, b * t, *x.shape[3:])
         return jnp.take_along_axis(flat, jnp.expand_dims(reads, range(2, flat.ndim)), axis=1)[:, None]
 
-    in_branch = jnp.arange(b) == (reads // t)[:, None, :, None]
-    mask = in_branch[..., None] & read(own_mask)[:, :, :, None]
+    seen = mask[:, None] & (jnp.arange(b)[:, None] == branch) & (jnp.arange(t) <= step)  # [N, R, B, T]
+    if owners is not None:
+        seen &= owners[:, None] == read(owners)[:, 0, :, None, None]
     return _View(
-        read, read(positions), positions.reshape(n, 1, -1), mask.reshape(n, 1, -1, b * t),
+        read, read(positions), positions.reshape(n, 1, -1), seen.reshape(n, 1, -1, b * t),
         lambda q, context, own: attend(q, [*context, own]),
     )  # fmt: skip
 
