@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
-from srrl_jax.models.decoder import Decoder
 from srrl_jax.parallel import ROLLOUT_RULES, batch_sharding, make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
 from srrl_jax.sampling import Buckets, Completion, Sampler
@@ -130,13 +129,8 @@ class Setup(NamedTuple):
     @property
     def decoding(self) -> Any:
         """The weights in the layout that rollouts decode with."""
-        sampler = self.rollout
-        decoder = nnx.state(
-            nnx.eval_shape(
-                lambda params: Decoder(nnx.merge(sampler.graphdef, params), sampler.int8_weights), self.params
-            )
-        )
-        return _placed(decoder, shardings(decoder, self.mesh, ROLLOUT_RULES))
+        shapes = self.rollout.decoding
+        return _placed(shapes, shardings(shapes, self.mesh, ROLLOUT_RULES))
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""

@@ -107,11 +107,10 @@ class Sampler:
             )
         self.graphdef = nnx.graphdef(model)
         self.int8_weights, self.int8_caches = int8 != "none", int8 == "weights_kv"
-        self.decoder = nnx.graphdef(
-            nnx.eval_shape(
-                lambda params: Decoder(nnx.merge(self.graphdef, params), self.int8_weights), nnx.state(model)
-            )
+        decoder = nnx.eval_shape(
+            lambda params: Decoder(nnx.merge(self.graphdef, params), self.int8_weights), nnx.state(model)
         )
+        self.decoder, self.decoding = nnx.split(decoder)  # structure and shapes of `unstack`'s result
         self.config, self.dtype, self.shards = model.config, model.dtype, cut
         kernel = choose_kernel(model.attention, model.dtype, model.config.windows is not None, tokens=2)
         # Splash's masks are made before lengths are known. Scores are written down by XLA alone.
