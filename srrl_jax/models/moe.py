@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear
 from srrl_jax.models.ragged import ragged_product
-from srrl_jax.parallel import mesh_axes
+from srrl_jax.parallel import constrain, mesh_axes
 
 
 class Load(NamedTuple):
@@ -53,8 +53,11 @@ class MoE(nnx.Module):
             weights = weights / weights.sum(-1, keepdims=True)
         experts = probability.shape[-1]
         chosen = jnp.where(mask[..., None], chosen, experts)  # padding goes to no expert
-        e = self.experts
-        matrices = [p.weight[...].astype(x.dtype) for p in (e.gate_proj, e.up_proj, e.down_proj)]
+        e, up = self.experts, ("experts", "mlp", "embed")
+        matrices = [
+            constrain(p.weight[...].astype(x.dtype), *axes)  # so that they are gathered in this type
+            for p, axes in ((e.gate_proj, up), (e.up_proj, up), (e.down_proj, ("experts", "embed", "mlp")))
+        ]
         y = _on_the_mesh(x, weights.astype(x.dtype), chosen, *matrices)
         load = Load(
             jax.nn.one_hot(chosen, experts).sum((0, 1, 2, 3)),
@@ -93,26 +96,39 @@ def mix_experts(x, weights, chosen, gate, up, down) -> jax.Array:
 def _on_the_mesh(x, weights, chosen, gate, up, down) -> jax.Array:
     """`mix_experts` of x [N, B, T, hidden], each device with its own experts under the current mesh.
 
-    The rows that an `expert` group of devices holds are gathered there, each device computes what its
-    experts (and, under `tensor`, its part of them) add to all of them, and the sum is cut into rows again.
+    The rows that an `expert` group of devices holds are gathered there, and the tokens that `tensor` cuts;
+    each device computes what its experts (under `tensor` its part of them) add to all of these, and what is
+    summed is cut again.
     """
+    experts, inner = mesh_axes("experts", gate.shape[0]), mesh_axes("mlp", gate.shape[1])
+    rows, tokens = mesh_axes("expert_rows", x.shape[0]), mesh_axes("tokens", x.shape[2])
+    spread = mesh_axes("batch", x.shape[0])
+    cuts = [(experts, 0)] if spread else []  # what is gathered first: mesh axes, and of which axis
+    cuts += [(inner, 2)] if tokens and inner else []
+    whole = tuple(axis for axis in experts + inner if (axis,) not in [axes for axes, _ in cuts])
+    apart = rows if inner else rows + tokens  # where devices with the same weights have other tokens
 
     def local(x, weights, chosen, gate, up, down):
+        for axes, of in cuts:
+            x, weights, chosen = (
+                jax.lax.all_gather(a, axes, axis=of, tiled=True) for a in (x, weights, chosen)
+            )
         # JAX 0.10 does not by itself sum the gradient of a gather whose indices alone differ by device.
-        x, weights = (jax.lax.pcast(a, experts + inner, to="varying") for a in (x, weights))
-        gate, up, down = (jax.lax.pcast(a, rows, to="varying") for a in (gate, up, down))
+        x, weights = (jax.lax.pcast(a, whole, to="varying") for a in (x, weights))
+        gate, up, down = (jax.lax.pcast(a, apart, to="varying") for a in (gate, up, down))
         if experts:
             chosen = chosen - jax.lax.axis_index(experts) * gate.shape[0]
         flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
         y = mix_experts(*flat, gate, up, down).reshape(x.shape)
-        return jax.lax.psum(y, experts + inner)
+        for axes, of in reversed(cuts):
+            y = jax.lax.psum_scatter(y, axes, scatter_dimension=of, tiled=True)
+        return jax.lax.psum(y, whole)
 
-    experts, inner = mesh_axes("experts", gate.shape[0]), mesh_axes("mlp", gate.shape[1])
-    rows = mesh_axes("expert_rows", x.shape[0])
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, weights, chosen, gate, up, down)
+    cut = P(spread or rows, None, tokens)
     return jax.shard_map(
         local,
-        in_specs=(P(rows), P(rows), P(rows), P(experts, inner), P(experts, inner), P(experts, None, inner)),
-        out_specs=P(rows),
+        in_specs=(cut, cut, cut, P(experts, inner), P(experts, inner), P(experts, None, inner)),
+        out_specs=cut,
     )(x, weights, chosen, gate, up, down)

@@ -83,9 +83,12 @@ class Layer(nnx.Module):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
         y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look, read)
         x = read(x) + _scattered(y)
-        y = _gathered(self.post_attention_layernorm(x))
-        y, load = self.mlp(y, read(mask)) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
-        return x + _scattered(y), kept, load
+        y = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):  # which gathers tokens and rows at once
+            y, load = self.mlp(y, read(mask))
+        else:
+            y, load = _scattered(self.mlp(_gathered(y))), None
+        return x + y, kept, load
 
 
 class Qwen3(nnx.Module):

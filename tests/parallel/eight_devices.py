@@ -32,7 +32,7 @@ EXPERTS = Qwen3Config.from_hf(
     {
         "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0],
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "mlp_only_layers": [0],
     }
 )  # fmt: skip
 
@@ -148,12 +148,15 @@ def main(folder: str) -> None:
     graphdef, state = nnx.split(
         jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, alone)
     )  # matrices of layers
-    alone, expected = nnx.merge(graphdef, state), gradient(nnx.merge(graphdef, state), TREE)
-    for sizes in ((1, 1, 1, 2, 4), (2, 1, 2, 1, 2)):
-        mesh = make_mesh(MeshConfig(*sizes))
+    alone = nnx.merge(graphdef, state)
+    # `tensor` cuts experts and tokens; nothing; the prefix's tokens alone; and 6 rows are cut by nothing.
+    meshes = ((1, 1, 1, 2, 4), 8), ((2, 1, 2, 1, 2), 8), ((1, 1, 1, 4, 2), 8), ((1, 1, 2, 1, 4), 6)
+    for sizes, rows in meshes:
+        mesh, tree = make_mesh(MeshConfig(*sizes)), jax.tree.map(lambda x, rows=rows: x[:rows], TREE)
+        expected = gradient(alone, tree)
         with jax.set_mesh(mesh):
             cut = nnx.merge(graphdef, jax.device_put(state, shardings(state, mesh)))
-            cut_gradient = gradient(cut, place_batch(TREE, mesh))
+            cut_gradient = gradient(cut, place_batch(tree, mesh) if rows == 8 else tree)
         up = cut.moe_layers.mlp.experts.up_proj.weight[...]
         report["experts"][str(sizes)] = {
             "shard": list(up.addressable_shards[0].data.shape),

@@ -205,7 +205,13 @@ def test_gradients_equal_one_device(eight):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shard"), [((1, 1, 1, 2, 4), [1, 1, 4, 16]), ((2, 1, 2, 1, 2), [1, 2, 8, 8])]
+    ("sizes", "shard"),
+    [
+        ((1, 1, 1, 2, 4), [1, 1, 3, 16]),
+        ((2, 1, 2, 1, 2), [1, 2, 6, 8]),
+        ((1, 1, 1, 4, 2), [1, 2, 6, 16]),
+        ((1, 1, 2, 1, 4), [1, 1, 6, 8]),
+    ],
 )
 def test_experts_on_a_mesh_equal_one_device(eight, sizes, shard):
     report = eight["experts"][str(sizes)]
@@ -216,7 +222,7 @@ def test_experts_on_a_mesh_equal_one_device(eight, sizes, shard):
 
 def test_experts_must_divide(eight):
     assert eight["experts_error"] == (
-        "mesh.expert (8) must divide the 4 experts of moe_layers.mlp.experts.down_proj.weight (1, 4, 16, 8); "
+        "mesh.expert (8) must divide the 4 experts of moe_layers.mlp.experts.down_proj.weight (1, 4, 16, 6); "
         "use 1, 2 or 4"
     )
 
