@@ -25,9 +25,9 @@ def over_mesh(function, q: jax.Array, segments: list[Segment]) -> jax.Array:
     """Runs `function(q, segments)` on each device's rows and key/value heads; at once without a mesh."""
     n, heads = q.shape[0], segments[0].k.shape[1]
     segments = [s._replace(k=_each(s.k, n), v=_each(s.v, n)) for s in segments]
-    rows, cut = P(mesh_axes("batch", n) or None), mesh_axes("kv_heads", heads) or None
-    if rows[0] is None and cut is None:
+    if jax.sharding.get_abstract_mesh().empty:
         return function(q, segments)
+    rows, cut = P(mesh_axes("batch", n) or None), mesh_axes("kv_heads", heads) or None
     keys = P(*rows, cut)
     segments = [
         s._replace(mask=jnp.broadcast_to(s.mask, (n, *s.mask.shape[1:])), positions=None) for s in segments

@@ -97,38 +97,36 @@ def _on_the_mesh(x, weights, chosen, gate, up, down) -> jax.Array:
     """`mix_experts` of x [N, B, T, hidden], each device with its own experts under the current mesh.
 
     The rows that an `expert` group of devices holds are gathered there, and the tokens that `tensor` cuts;
-    each device computes what its experts (under `tensor` its part of them) add to all of these, and what is
-    summed is cut again.
+    each device computes what its experts (under `tensor` its part of them) add to all of these, and gets
+    the sum of its own.
     """
     experts, inner = mesh_axes("experts", gate.shape[0]), mesh_axes("mlp", gate.shape[1])
-    rows, tokens = mesh_axes("expert_rows", x.shape[0]), mesh_axes("tokens", x.shape[2])
-    spread = mesh_axes("batch", x.shape[0])
-    cuts = [(experts, 0)] if spread else []  # what is gathered first: mesh axes, and of which axis
-    cuts += [(inner, 2)] if tokens and inner else []
-    whole = tuple(axis for axis in experts + inner if (axis,) not in [axes for axes, _ in cuts])
-    apart = rows if inner else rows + tokens  # where devices with the same weights have other tokens
+    rows, tokens = mesh_axes("batch", x.shape[0]), mesh_axes("tokens", x.shape[2])
+    cut = (experts if rows else ()) + (inner if tokens else ())  # tokens apart whose sums are of all weights
+    whole = tuple(axis for axis in experts + inner if axis not in cut)
+    rows = rows or mesh_axes("expert_rows", x.shape[0])
+    apart = tuple(axis for axis in rows + tokens if axis not in experts + inner)  # with the same weights
 
     def local(x, weights, chosen, gate, up, down):
-        for axes, of in cuts:
-            x, weights, chosen = (
-                jax.lax.all_gather(a, axes, axis=of, tiled=True) for a in (x, weights, chosen)
-            )
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen)]
+        if cut:
+            flat = [jax.lax.all_gather(a, cut, tiled=True) for a in flat]
+        *given, chosen = flat
         # JAX 0.10 does not by itself sum the gradient of a gather whose indices alone differ by device.
-        x, weights = (jax.lax.pcast(a, whole, to="varying") for a in (x, weights))
-        gate, up, down = (jax.lax.pcast(a, apart, to="varying") for a in (gate, up, down))
+        given = [jax.lax.pcast(a, whole, to="varying") for a in given]
+        matrices = [jax.lax.pcast(a, apart, to="varying") for a in (gate, up, down)]
         if experts:
             chosen = chosen - jax.lax.axis_index(experts) * gate.shape[0]
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-        y = mix_experts(*flat, gate, up, down).reshape(x.shape)
-        for axes, of in reversed(cuts):
-            y = jax.lax.psum_scatter(y, axes, scatter_dimension=of, tiled=True)
-        return jax.lax.psum(y, whole)
+        y = jax.lax.psum(mix_experts(*given, chosen, *matrices), whole)
+        if cut:
+            y = jax.lax.psum_scatter(y, cut, tiled=True)
+        return y.reshape(x.shape)
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, weights, chosen, gate, up, down)
-    cut = P(spread or rows, None, tokens)
+    place = P(rows, None, tokens)
     return jax.shard_map(
         local,
-        in_specs=(cut, cut, cut, P(experts, inner), P(experts, inner), P(experts, None, inner)),
-        out_specs=cut,
+        in_specs=(place, place, place, P(experts, inner), P(experts, inner), P(experts, None, inner)),
+        out_specs=place,
     )(x, weights, chosen, gate, up, down)

@@ -152,11 +152,13 @@ def rollout_layout(variables: Any, mesh: Mesh) -> Any:
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
     """Axes of the current mesh that cut a logical axis of this size; none without a mesh.
 
-    An axis that they do not divide stays whole.
+    An axis that they do not divide stays whole, and one that they cut into a single piece: libtpu 0.0.42, at
+    low effort, aborts on a reduce-scatter of one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = () if mesh.empty or RULES[axis] is None else tuple(np.atleast_1d(RULES[axis]).tolist())
-    return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+    pieces = math.prod(mesh.shape[name] for name in names)
+    return names if pieces > 1 and size % pieces == 0 else ()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

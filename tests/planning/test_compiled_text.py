@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from srrl_jax.cli import TPU_FLAGS
+from srrl_jax.models.config import MoEConfig
 from srrl_jax.models.moe import mix_experts
 from srrl_jax.planning import programs
 from srrl_jax.planning.collectives import array_bytes, collectives
@@ -185,6 +186,37 @@ def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
     in_layers = [c for c in collectives(text) if c.runs == wide.num_hidden_layers * setup.microbatches]
     kinds = {c.kind for c in in_layers if max(map(size, c.arrays)) > 1024 * 3}  # norms are less
     assert kinds == {"all-gather", "reduce-scatter"}
+
+
+def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
+    """Over `expert` and `tensor` at once, forward and backward."""
+    config = planned("mesh.fsdp=1", "mesh.tensor=2", "mesh.expert=2", "rollout.prompt_buckets=[80]")
+    sizes = dataclasses.replace(
+        model_config(config.model), num_hidden_layers=2, moe=MoEConfig(4, 2, moe_intermediate_size=64)
+    )
+    setup, compiler = Setup.of(config, sizes, v6e.devices()), Compiler("update")
+    with jax.set_mesh(setup.mesh):
+        programs.update(compiler, setup)
+    found = collectives(compiler.texts["update/update"])
+    in_layers = [c for c in found if c.runs == sizes.num_hidden_layers * setup.microbatches]
+    for tokens in (80, config.group_size * config.rollout.max_new_tokens):
+        whole = config.optimizer.microbatch * tokens * sizes.hidden_size
+        gathered = [c for c in in_layers for a in c.arrays if size(a) == whole]
+        scattered = [c for c in in_layers for a in c.arrays if size(a) == whole // 4]
+        scattered = [c for c in scattered if len(c.groups[0]) == 4]
+        assert [c.kind for c in gathered] == ["all-gather"] * 2
+        assert [c.kind for c in scattered] == ["reduce-scatter"] * 2
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 1, 2), (1, 1, 4)])
+def test_nothing_is_scattered_over_one_device(planned, v6e, sizes):
+    """libtpu aborts on that, without a message: here no axis is cut over `fsdp`."""
+    config = planned(*(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    setup, compiler = Setup.of(config, model_config(config.model), v6e.devices()), Compiler("update")
+    with jax.set_mesh(setup.mesh):
+        programs.update(compiler, setup)
+    scattered = [c for c in collectives(compiler.texts["update/update"]) if c.kind == "reduce-scatter"]
+    assert all(len(group) > 1 for c in scattered for group in c.groups)
 
 
 def test_gradients_of_experts_take_no_more_work_for_more_experts(v6e):
