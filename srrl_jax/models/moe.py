@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear
 from srrl_jax.models.ragged import ragged_product
-from srrl_jax.parallel import constrain, mesh_axes
+from srrl_jax.parallel import mesh_axes
 
 
 class Load(NamedTuple):
@@ -53,11 +53,8 @@ class MoE(nnx.Module):
             weights = weights / weights.sum(-1, keepdims=True)
         experts = probability.shape[-1]
         chosen = jnp.where(mask[..., None], chosen, experts)  # padding goes to no expert
-        e, up = self.experts, ("experts", "mlp", "embed")
-        matrices = [
-            constrain(p.weight[...].astype(x.dtype), *axes)  # so that they are gathered in this type
-            for p, axes in ((e.gate_proj, up), (e.up_proj, up), (e.down_proj, ("experts", "embed", "mlp")))
-        ]
+        e = self.experts
+        matrices = [p.weight[...].astype(x.dtype) for p in (e.gate_proj, e.up_proj, e.down_proj)]
         y = _on_the_mesh(x, weights.astype(x.dtype), chosen, *matrices)
         load = Load(
             jax.nn.one_hot(chosen, experts).sum((0, 1, 2, 3)),

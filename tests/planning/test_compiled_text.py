@@ -33,15 +33,37 @@ def test_the_programs_of_a_rollout(rollout):
     assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
 
 
+def gathered_in_decoding(compiler: Compiler, setup: Setup) -> int:
+    """Bytes of the largest array that the loop of decoding sends otherwise than by summing it."""
+    found = collectives(compiler.texts["rollout/decode"])
+    inside = [c for c in found if c.loops and c.kind not in ("all-reduce", "reduce-scatter")]
+    return max(sum(map(array_bytes, c.arrays)) for c in inside)
+
+
 def test_no_weights_are_gathered_while_decoding(rollout, setup):
     """Layout of rollouts: fsdp cuts no weight, so what is gathered in the loop are a few numbers a slot."""
     smallest = min(math.prod(x.shape) * 4 for x in jax.tree.leaves(setup.params) if x.ndim == 3) // 16
+    assert gathered_in_decoding(rollout, setup) < smallest
     found = collectives(rollout.texts["rollout/decode"])
-    inside = [c for c in found if c.loops and c.kind != "all-reduce"]
     assert any(c.loops and c.kind == "all-reduce" for c in found), "tensor parallelism sums in the loop"
-    assert all(sum(map(array_bytes, c.arrays)) < smallest for c in inside)
     moved = collectives(rollout.texts["rollout/unstack"])
     assert sum(c.bytes for c in moved if c.kind == "all-gather") > smallest, "they are gathered before it"
+
+
+def test_no_weights_of_experts_are_gathered_while_decoding(planned, v6e):
+    """The slots of an `expert` group are."""
+    config = planned("mesh.fsdp=2", "mesh.tensor=1", "mesh.expert=2")
+    setup, compiler = Setup.of(config, with_experts(config), v6e.devices()), Compiler("rollout")
+    with jax.set_mesh(setup.mesh):
+        programs.sampling(compiler, setup, config.prompts_per_step)
+    slots = config.rollout.rows[-1] * config.group_size
+    assert gathered_in_decoding(compiler, setup) == slots // 2 * setup.model.config.hidden_size * 4
+
+
+def with_experts(config):
+    """Two layers of four experts, as wide as the recipe's model."""
+    experts = MoEConfig(4, 2, moe_intermediate_size=64)
+    return dataclasses.replace(model_config(config.model), num_hidden_layers=2, moe=experts)
 
 
 def test_weights_move_into_the_place_of_those_before(setup):
@@ -191,9 +213,7 @@ def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
 def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
     """Over `expert` and `tensor` at once, forward and backward."""
     config = planned("mesh.fsdp=1", "mesh.tensor=2", "mesh.expert=2", "rollout.prompt_buckets=[80]")
-    sizes = dataclasses.replace(
-        model_config(config.model), num_hidden_layers=2, moe=MoEConfig(4, 2, moe_intermediate_size=64)
-    )
+    sizes = with_experts(config)
     setup, compiler = Setup.of(config, sizes, v6e.devices()), Compiler("update")
     with jax.set_mesh(setup.mesh):
         programs.update(compiler, setup)
