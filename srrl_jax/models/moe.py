@@ -99,10 +99,11 @@ def _on_the_mesh(x, weights, chosen, gate, up, down) -> jax.Array:
     """
     experts, inner = mesh_axes("experts", gate.shape[0]), mesh_axes("mlp", gate.shape[1])
     rows, tokens = mesh_axes("batch", x.shape[0]), mesh_axes("tokens", x.shape[2])
-    cut = (experts if rows else ()) + (inner if tokens else ())  # tokens apart whose sums are of all weights
+    # Of the axes that cut the weights: those whose devices have other tokens, and the same ones.
+    cut = (experts if rows else ()) + (inner if tokens else ())
     whole = tuple(axis for axis in experts + inner if axis not in cut)
     rows = rows or mesh_axes("expert_rows", x.shape[0])
-    apart = tuple(axis for axis in rows + tokens if axis not in experts + inner)  # with the same weights
+    apart = tuple(axis for axis in rows + tokens if axis not in experts + inner)  # of the other axes
 
     def local(x, weights, chosen, gate, up, down):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen)]
