@@ -227,7 +227,7 @@ def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
 
     replaces = None
     if compiler.group == "grade" and sampler.int8_weights != setup.rollout.int8_weights:
-        others = (*others, setup.decoding)
+        others = (*others, setup.decoding)  # of other types, so the grader's lie beside them
     elif compiler.group == "grade" and setup.config.frozen_grades:
         replaces = setup.decoding
     decoder = compiler(
