@@ -110,6 +110,16 @@ def _plan(
     raise typer.Exit(0 if fits else 1)
 
 
+@app.command("status")
+def _status(run_dir: Annotated[str, typer.Argument(help="A run directory, here or gs://.")]) -> None:
+    """Say on one screen where a run stands, from any machine that can read its directory."""
+    from rich.console import Console
+
+    from srrl_jax.telemetry.status import status
+
+    Console().print(status(run_dir))
+
+
 @app.command("report")
 def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) -> None:
     """Write RUN_DIR/report.html from the logs of a run."""

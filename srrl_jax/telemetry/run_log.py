@@ -31,6 +31,7 @@ class RunLog:
         self.samples_path = folder / "samples.jsonl"
         self.timings_path = folder / "timings.jsonl"
         self.events_path = folder / "events.jsonl"
+        self.progress_path = folder / "progress.json"
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(
@@ -52,9 +53,13 @@ class RunLog:
 
     def event(self, step: int, kind: str, message: str) -> None:
         """Append to events.jsonl, with the time; never taken back."""
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        line = _line(step, {"time": time, "event": kind, "message": message})
+        line = _line(step, {"time": _now(), "event": kind, "message": message})
         storage.append(self.events_path, line)
+
+    def progress(self, step: int, phase: str, note: str) -> None:
+        """Replace progress.json: what is being done after ``step`` steps, how far it is, and the time."""
+        row = {"step": step, "time": _now(), "phase": phase, "note": note}
+        storage.replace(self.progress_path, [_encode(row)])
 
     def rewind(self, step: int) -> None:
         """Drop every line later than the checkpoint's ``step``, and a torn last line (events: only that).
@@ -114,6 +119,10 @@ def _rows(path: epath.Path) -> Iterator[dict]:
 def read_jsonl(path: str | Path) -> list[dict]:
     """All objects of a JSON Lines file; see `iter_jsonl`."""
     return list(iter_jsonl(path))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _line(step: int, row: Mapping) -> bytes:

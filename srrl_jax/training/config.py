@@ -237,6 +237,7 @@ class TrainConfig:
     The steps of `profile` are traced by JAX's profiler; true is the second, since the first one compiles.
     `reference`: where the frozen starting weights lie;
     from "host" they come to the devices for each use, and leave again.
+    `trackers` are told of each step, see `srrl_jax.telemetry.trackers`.
     """
 
     run_dir: str
@@ -255,6 +256,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     profile: pydantic.StrictBool | tuple[int, ...] = ()
+    trackers: tuple[str, ...] = ()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig = LoraConfig()

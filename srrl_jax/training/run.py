@@ -15,6 +15,7 @@ from srrl_jax.grading import Grader
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import gather
+from srrl_jax.telemetry.trackers import find_tracker
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
 from srrl_jax.training.lessons import load_lessons
@@ -22,7 +23,7 @@ from srrl_jax.training.lessons import load_lessons
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
 _SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig) if field.name not in DECIDES]
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", "reference", *_SPEED)
+_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", "reference", "trackers", *_SPEED)
 
 
 def check_run(config: TrainConfig) -> list[str]:
@@ -32,7 +33,7 @@ def check_run(config: TrainConfig) -> list[str]:
       The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
       InputError: the directory cannot be written, or it holds a run of another recipe (the message
-        shows the keys that differ) or one that is longer.
+        shows the keys that differ) or one that is longer; or a tracker's library is missing.
     """
     run_dir = storage.locate(config.run_dir)
     if config.profiled and storage.is_remote(run_dir):
@@ -41,6 +42,8 @@ def check_run(config: TrainConfig) -> list[str]:
         existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise InputError(f"run_dir: cannot write {run_dir}: {existing} is not a writable directory")
+    for name in config.trackers:
+        find_tracker(name)
     path = run_dir / "config.yaml"
     folder = run_dir / "checkpoints"
     done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Self
 
@@ -16,6 +16,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import LiveTable, RunLog
+from srrl_jax.telemetry.trackers import Trackers
 from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import TrainConfig
@@ -27,6 +28,7 @@ from srrl_jax.training.run import write_config
 
 # Until the update a step has changed nothing, so the state is still that of the step before.
 _SAFE = ("rollout", "grade", "logprob")
+_BEAT = 5.0  # seconds
 
 
 class Session:
@@ -48,6 +50,7 @@ class Session:
         self.times: dict[str, float] = {}
         self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
         self._saved: int | None = None
+        self._next_beat = 0.0
         self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -58,7 +61,10 @@ class Session:
             console = Console(quiet=not is_main())
             self._live = stack.enter_context(LiveTable(self._config.steps, console))
             self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
-            stack.enter_context(_each_compilation(partial(self._took, "compile")))
+            stack.enter_context(_each_compilation(self._live.compiling, partial(self._took, "compile")))
+            if is_main():
+                c = self._config
+                self._trackers = stack.enter_context(Trackers(c.trackers, self._run_dir, c.to_dict()))
             stack.push(self._on_preempted)  # first to run, so within the time that SIGTERM leaves
             self._stack = stack.pop_all()
         return self
@@ -105,14 +111,23 @@ class Session:
 
         def progress(done: int, total: int) -> None:
             self._live.note(f"{done}/{total}")
+            self._beat(name, f"{done}/{total}")
             if name in _SAFE:
                 self._preemption.check()
 
         if name in _SAFE:
             self._preemption.check()
+        self._beat(name)
         with self._live.phase(name):
             yield progress
         self._took(name, time.perf_counter() - start)
+
+    def _beat(self, phase: str, note: str = "") -> None:
+        """Says in the run directory what is being done, for `srrl status`; every few seconds at most."""
+        if is_main() and time.monotonic() > self._next_beat:
+            with self._disk_errors():
+                self.log.progress(self.step, phase, note)
+            self._next_beat = time.monotonic() + _BEAT
 
     def _took(self, name: str, seconds: float) -> None:
         """Adds to the time of a part of the step, which may come several times."""
@@ -142,8 +157,9 @@ class Session:
                 if groups is not None:
                     write_tokens(tokens_path(self._run_dir, step), groups)
                 self.log.write(step, metrics, samples, self.times)
+                missed = self._trackers.write(step, metrics | self.times, samples)
                 parted = parting(metrics, self._config.eval)
-                for message in [*new_warnings(metrics, self._metrics), *parted]:
+                for message in [*new_warnings(metrics, self._metrics), *parted, *missed]:
                     self._event("warning", message, step)
         self._live.update(step, metrics | self.times)
         self.times.clear()  # so the next line tells how long this checkpoint took
@@ -162,8 +178,11 @@ class Session:
             self._checkpoints.save(position, self._state, self._metrics)
         self._saved = self.step
 
-    def _on_preempted(self, kind: type | None, *_: object) -> None:
+    def _on_preempted(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         if kind is not Preempted:
+            if error is not None and is_main():
+                with suppress(OSError):  # such as the full disk that ended the run
+                    self.log.event(self.step, "failed", f"{kind.__name__}: {error}")
             return
         self._save()
         self._checkpoints.wait()
@@ -198,11 +217,15 @@ class Session:
 
 
 @contextmanager
-def _each_compilation(tell: Callable[[float], None]) -> Iterator[None]:
-    """Calls `tell` with the seconds of each program that JAX compiles, or loads from its cache."""
+def _each_compilation(name: Callable[[str], None], tell: Callable[[float], None]) -> Iterator[None]:
+    """Calls `name` with each program that JAX begins to compile, or to load from its cache, and with "" after
+    it; `tell` with the seconds that it took."""
 
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+    def listen(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # what comes before
+            name(fun_name)
+        elif event == "/jax/core/compile/backend_compile_duration":
+            name("")
             tell(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -276,8 +276,9 @@ OPTIMIZER = {
 # Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
 # test_guards.py, that of preemption_seconds in test_preemption.py, those of teacher, eval.margin and
 # eval.agreement in test_monitor.py, those of data.teacher in test_lessons.py, those of LoRA in
-# test_lora.py.
+# test_lora.py, trackers in test_resume.py.
 ELSEWHERE = {
+    "trackers",
     "teacher",
     "eval.margin",
     "eval.agreement",

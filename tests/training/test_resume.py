@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -47,11 +48,37 @@ def assert_same_logs(one, other):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupted, tmp_path):
+class Tracker:
+    """A tracker of a user's own, whose service fails at step 3."""
+
+    heard: list = []
+
+    def __init__(self, run_dir, config, id):
+        self.id = id or "first"
+        self.heard.append((self.id if id else None, config["seed"]))
+
+    def write(self, step, metrics, samples):
+        if step == 3:
+            raise ConnectionError("no route")
+        self.heard.append((step, len(samples), {"lr", "time/rollout"} <= metrics.keys()))
+
+    def close(self, failed):
+        self.heard.append(failed)
+
+
+def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupted, tmp_path, monkeypatch):
+    """And its tracker hears of each step once, in the same tracked run; that it fails is told of."""
+    monkeypatch.setitem(sys.modules, "of_mine", types.SimpleNamespace(Tracker=Tracker))
     run_dir, state = uninterrupted
-    train(recipe(tmp_path, *RECIPE, "steps=2"))
+    train(recipe(tmp_path, *RECIPE, "steps=2", "trackers=[of_mine:Tracker]"))
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-    resumed = train(recipe(tmp_path, *RECIPE, "steps=4"))
+    resumed = train(recipe(tmp_path, *RECIPE, "steps=4", "trackers=[of_mine:Tracker]"))
+    assert Tracker.heard == [
+        *((None, 0), (0, 2, False), (1, 4, True), (2, 6, True), False),
+        *(("first", 0), (4, 6, True), False),
+    ]
+    warnings = [row["message"] for row in read_jsonl(tmp_path / "events.jsonl") if row["event"] == "warning"]
+    assert warnings == ["tracker of_mine:Tracker has not got step 3: ConnectionError: no route"]
     assert_same_logs(tmp_path, run_dir)
     assert_same_weights(resumed, state)
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]

@@ -1,0 +1,100 @@
+"""Where a run stands, from its directory alone: `srrl status`."""
+
+import json
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from etils import epath
+from rich.table import Table
+from rich.text import Text
+
+from srrl_jax import storage
+from srrl_jax.errors import InputError
+from srrl_jax.telemetry.live import COLUMNS, DOING
+from srrl_jax.telemetry.run_log import iter_jsonl
+from srrl_jax.telemetry.text import duration, number
+
+_TAIL = 20  # steps that say how long one takes, and events that are looked at
+_SILENCE = 120.0  # seconds without a sign after which a run may be dead; or three steps, if that is more
+
+
+def status(run_dir: str | Path, now: datetime | None = None) -> Table:
+    """A screen of a run: what it does, how far it is, its latest metrics, warnings and checkpoints.
+
+    Whether it lives is told by the newest time that it wrote down, so clocks of the machines should agree.
+
+    Raises:
+      InputError: there is no run.
+    """
+    folder, now = storage.locate(run_dir), now or datetime.now(UTC)
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{run_dir}: no run is here (no config.yaml); give the run_dir of a recipe")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    metrics, timings, events = (_tail(folder / f"{name}.jsonl") for name in ("metrics", "timings", "events"))
+    path = folder / "progress.json"
+    progress = json.loads(path.read_text()) if path.exists() else None
+    done, steps = (metrics[-1]["step"] if metrics else 0), config["steps"]
+    totals = [
+        sum(v for k, v in row.items() if k.startswith("time/") and k != "time/compile") for row in timings
+    ]
+    usual = statistics.median(totals) if totals else None
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def line(name: str, text: str, style: str = "") -> None:
+        table.add_row(name, Text(text, style=style))
+
+    line("run", f"{run_dir} ({config['model']})")
+    line("state", *_state(done, steps, usual, progress, events, now))
+    line("step", f"{done} of {steps} ({done / steps:.0%})")
+    if usual and done < steps:
+        line("time", f"{duration(usual)} a step, so about {duration(usual * (steps - done))} left")
+    latest: dict[str, float] = {}
+    for row in metrics:
+        latest |= row
+    values = [f"{label} {number(latest[key])}" for key, label in COLUMNS.items() if key in latest]
+    line("latest", "  ".join(values) or "–")
+    for event in [event for event in events if event["event"] not in ("start", "resume")][-5:]:
+        line(event["event"], f"step {event['step']}: {event['message']}", "yellow")
+    line("checkpoints", ", ".join(map(str, _checkpoints(folder))) or "none yet")
+    if (folder / "trackers.json").exists():
+        kept = json.loads((folder / "trackers.json").read_text())
+        line("trackers", ", ".join(f"{name} {each['id']}" for name, each in kept.items()))
+    return table
+
+
+def _state(
+    done: int, steps: int, usual: float | None, progress: dict | None, events: list[dict], now: datetime
+) -> tuple[str, str]:
+    """What a run does and since when it has not been heard of, with a style."""
+    last = events[-1] if events else None
+    times = [datetime.fromisoformat(each["time"]) for each in (progress, last) if each]
+    if not times:
+        return "made, not begun", ""
+    age = max((now - max(times)).total_seconds(), 0.0)
+    ago = f"last sign {duration(age)} ago"
+    if done >= steps:
+        return f"finished, {ago}", "green"
+    if last and last["event"] in ("preempted", "failed") and last["time"] >= max(times).isoformat():
+        return f"{last['event']}, {ago}; run the same command to go on", "red"
+    doing = "starting"
+    if progress:
+        doing = f"{DOING.get(progress['phase'], progress['phase'])} {progress['note']}".strip()
+    if age > max(_SILENCE, 3 * (usual or 0)):
+        return f"silent while {doing}, {ago}: dead, or in one long computation", "red"
+    return f"running: {doing}, {ago}", "green"
+
+
+def _tail(log: epath.Path) -> list[dict]:
+    parts = storage.parts(log)[-_TAIL:]  # in a store each is a step
+    return [row for part in parts for row in iter_jsonl(part)][-_TAIL:]
+
+
+def _checkpoints(folder: epath.Path) -> list[int]:
+    path = folder / "checkpoints"
+    names = [each.name for each in path.iterdir()] if path.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
