@@ -5,4 +5,4 @@
 [ "${CI:-}" = true ] && extras=test,parity,aot,trackers || extras=test
 . "$(dirname "$0")/env.sh" "$extras"
 export TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1  # libtpu compiles here, in several workers at once
-exec "$PY" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+exec "$PY" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -23,6 +23,9 @@ if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": _programs.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # And hardly optimized, which takes a third of the time; see `full_compile`.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip(),
     }
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -248,39 +251,25 @@ def oracle_server(chat_server):
     return chat_server
 
 
-def compile_quickly(patch: pytest.MonkeyPatch) -> None:
-    """From now on a program compiles in a fifth of the time, hardly optimized."""
-    quick = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    from jax._src import compiler
+@pytest.fixture(scope="module")
+def full_compile():
+    """Programs are optimized as outside of the tests: where their text is read, or their speed counts."""
+    import jax
 
-    full = compiler.get_compile_options
-
-    def options(*args, env_options_overrides=None, **kwargs):
-        return full(*args, env_options_overrides=quick | (env_options_overrides or {}), **kwargs)
-
-    patch.setattr(compiler, "get_compile_options", options)
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    with pytest.MonkeyPatch.context() as patch:
-        compile_quickly(patch)
-        yield
+    """Nothing; all tests compile quickly."""
 
 
 @pytest.fixture(scope="session")
 def quick_child() -> str:
-    """What a process of Python begins with to compile as `quick_compile` does, so with the same cache."""
-    return f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from conftest import compile_quickly, pytest
-compile_quickly(pytest.MonkeyPatch())
-"""
+    """Nothing; processes inherit the environment."""
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -299,7 +288,7 @@ def next_logits():
 
 
 @pytest.fixture(scope="module")
-def uncached():
+def uncached(full_compile):
     """JAX's compilation cache cannot read back programs for devices that are not here."""
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache

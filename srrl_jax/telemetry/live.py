@@ -117,7 +117,7 @@ class LiveTable:
 
     def compiling(self, program: str) -> None:
         """Show the name of the program that is being compiled; an empty one when that is over."""
-        self._program = program
+        self._program = program.removeprefix("jit(").removesuffix(")")
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Report ``metrics`` with ``step`` steps done; metrics not in it keep their last value."""

@@ -61,7 +61,7 @@ class Session:
             console = Console(quiet=not is_main())
             self._live = stack.enter_context(LiveTable(self._config.steps, console))
             self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
-            stack.enter_context(_each_compilation(self._live.compiling, partial(self._took, "compile")))
+            stack.enter_context(each_compilation(self._live.compiling, partial(self._took, "compile")))
             if is_main():
                 c = self._config
                 self._trackers = stack.enter_context(Trackers(c.trackers, self._run_dir, c.to_dict()))
@@ -217,7 +217,7 @@ class Session:
 
 
 @contextmanager
-def _each_compilation(name: Callable[[str], None], tell: Callable[[float], None]) -> Iterator[None]:
+def each_compilation(name: Callable[[str], None], tell: Callable[[float], None]) -> Iterator[None]:
     """Calls `name` with each program that JAX begins to compile, or to load from its cache, and with "" after
     it; `tell` with the seconds that it took."""
 

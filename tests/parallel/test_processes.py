@@ -91,7 +91,7 @@ def test_two_processes_see_four_devices_and_each_others_values():
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     script = Path(__file__).with_name("two_processes.py")

@@ -183,6 +183,7 @@ def test_what_the_backward_pass_keeps_is_in_pieces(setup, batches):
         assert piece in kept and own not in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "tensor", "least"), [(4, 1, 12), (1, 4, 6)])
 def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
     planned, v6e, monkeypatch, fsdp, tensor, least
@@ -213,6 +214,7 @@ def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
         assert {c.kind for c in large} == {"all-gather", "reduce-scatter"}
 
 
+@pytest.mark.slow
 def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
     """Over `expert` and `tensor` at once, forward and backward."""
     config = planned("mesh.fsdp=1", "mesh.tensor=2", "mesh.expert=2", "rollout.prompt_buckets=[80]")
@@ -231,7 +233,9 @@ def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
         assert [c.kind for c in scattered] == ["reduce-scatter"] * 2
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 1, 2), (1, 1, 4)])
+@pytest.mark.parametrize(
+    "sizes", [(4, 1, 1), *(pytest.param(each, marks=pytest.mark.slow) for each in [(2, 1, 2), (1, 1, 4)])]
+)
 def test_nothing_is_scattered_over_one_device(planned, v6e, sizes):
     """libtpu aborts on that, without a message: here no axis is cut over `fsdp`."""
     config = planned(*(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)))

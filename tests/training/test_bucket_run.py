@@ -61,7 +61,7 @@ def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
         exported(f"{there}@2")
     assert "<!doctype html>" in write_report(there).read_text()
     assert {path.name for path in run_dir.iterdir()} == {
-        "checkpoints", "config.yaml", "report.html",
+        "checkpoints", "config.yaml", "report.html", "progress.json",
         "metrics-000001.jsonl", "metrics-000002.jsonl", "samples-000001.jsonl", "samples-000002.jsonl",
         "timings-000001.jsonl", "timings-000002.jsonl", "events-000001.jsonl", "events-000002.jsonl",
         "tokens",

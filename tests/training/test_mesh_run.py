@@ -42,7 +42,10 @@ def on_devices(quick_child):
         result = subprocess.run(
             [sys.executable, "-c", quick_child + CHILD, str(path), json.dumps(runs), str(folder), where],
             env=os.environ
-            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"},
+            | {
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
+                "JAX_PLATFORMS": "cpu",
+            },
             capture_output=True,
             text=True,
         )

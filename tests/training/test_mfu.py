@@ -13,7 +13,7 @@ from srrl_jax.models.presets import PRESETS
 from srrl_jax.parallel.chips import CHIPS, chip_of
 from srrl_jax.sampling import Completion
 from srrl_jax.training.mfu import model_flops, update_mfu
-from srrl_jax.training.session import _each_compilation
+from srrl_jax.training.session import each_compilation
 
 MODEL = PRESETS["qwen3-8b"]
 
@@ -57,13 +57,14 @@ def test_a_cpu_has_no_published_peak():
     assert update_mfu(MODEL, [], [], seconds=1.0, adapters=False) == {}
 
 
-def test_each_compilation_is_told_once():
-    seconds = []
+def testeach_compilation_is_told_once():
+    seconds, names = [], []
     double = jax.jit(lambda x: 2 * x + 17.25)
     x = jnp.arange(3.0)
-    with _each_compilation(seconds.append):
+    with each_compilation(names.append, seconds.append):
         double(x)
         assert len(seconds) == 1 and seconds[0] > 0
         double(x)
     double(jnp.arange(4.0))
     assert len(seconds) == 1
+    assert names == ["jit(<lambda>)", ""]  # when it begins and when it ends

@@ -1,7 +1,12 @@
-"""Every key of the recipe is read and changes something: a table of all keys, each tried in a run."""
+"""Every key of the recipe is read and changes something: a table of all keys, each where it is used.
+
+What each changes in whole runs is tried in test_recipe_runs.py, which is slow.
+"""
 
 import dataclasses
+import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,19 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from srrl_jax.errors import InputError
+from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.models import Qwen3
+from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
-from srrl_jax.sampling import Sampler
+from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, learner, train
-from srrl_jax.training.update import make_optimizer
+from srrl_jax.training.experience import Graded, SelfRewarder, Task
+from srrl_jax.training.learner import Learner
+from srrl_jax.training.rewards import relative_rewards, training_rewards
+from srrl_jax.training.run import load_tasks
+from srrl_jax.training.update import make_optimizer, make_update
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+PLAIN = (str, int, float, tuple)
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 
-# The second step has an update off its policy (two minibatches) and away from the reference.
+# Every term of the loss counts.
 BASE = (
     "kl_coef=0.1",
     "optimizer.minibatches=2",
@@ -29,280 +42,238 @@ BASE = (
     "optimizer.weight_decay=0.1",
     "optimizer.grad_clip=0.5",
 )
-EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
 
 
-class Seen(NamedTuple):
-    """What a run shows of itself."""
-
-    metrics: list[dict]
-    samples: list[dict]
-    params: list[np.ndarray]
-    checkpoints: list[int]
-    waves: set[tuple[int, int, int, int]]
-    batches: list[Any]
-    run_dir: Path
+# ---- what becomes of a recipe: what is compared with and without another value of a key
 
 
-# ---- what a key may change: functions of the run without and the run with the other value
+def rows(config: TrainConfig) -> Any:
+    """Training rows, lessons and held-out rows, made ready."""
+    return load_tasks(config, load_tokenizer(config.model))
 
 
-def results(one: Seen, other: Seen) -> bool:
-    """What was sampled, graded or learnt."""
-    return (one.samples, one.metrics) != (other.samples, other.metrics)
+def roles(config: TrainConfig) -> Any:
+    """How the policy is sampled from, as what answers and as what grades, and how it is asked to grade."""
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        made = SelfRewarder(learner.network(config), load_tokenizer(config.model), config, mesh)
+    item = GradingItem(
+        ({"role": "user", "content": "hello"},), "bye", (Criterion("kind", 1), Criterion("so", -1))
+    )
+    asked = made.grader.encode(item)
+    return repr(asked), *(settings(part) for part in (made.sampler, made.grader, made.grader.sampler))
 
 
-def samples(one: Seen, other: Seen) -> bool:
-    return one.samples[:4] != other.samples[:4]
+def settings(part: Any) -> dict[str, str]:
+    """The plain values that an object keeps."""
+    plain = {name: value for name, value in vars(part).items() if name != "config"}
+    return {n: repr(v) for n, v in plain.items() if dataclasses.is_dataclass(v) or isinstance(v, PLAIN)}
 
 
-def grades_only(one: Seen, other: Seen) -> bool:
-    """The first step's verdicts or tries, of the very same completions."""
-    assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
-    return one.samples[:4] != other.samples[:4]
+GROUP = (  # of three completions, one cut off: tokens, verdicts
+    (10, (True, True, False)),
+    (20, (False, True, False)),
+    (64, (True, True, True)),
+)
+TASK = Task(
+    Example(
+        ({"role": "user", "content": "?"},),
+        (
+            Criterion("right", 6, ("axis:accuracy",)),
+            Criterion("kind", 4, ("axis:communication_quality",)),
+            Criterion("sells", -5, ("axis:accuracy",)),
+        ),
+        "id",
+    ),
+    [5, 6, 7],
+    "",
+    0,
+)
 
 
-def learning(one: Seen, other: Seen) -> bool:
-    """The weights at the end, from the same experience in the first step."""
-    assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
-    return any((a != b).any() for a, b in zip(one.params, other.params, strict=True))
+def experience() -> tuple[list[Task], list[list[Completion]], list[list[Graded]]]:
+    """Four groups, the first without variance."""
+    groups = [
+        [Completion(np.full(n, 5, np.int32), np.full(n, -1.0, np.float32), n == 64) for n, _ in GROUP]
+    ] * 4
+    graded = [[Graded("", "", [Verdict(m, "", 1, 1, 0.3 + m / 2) for m in met], None) for _, met in group]
+              for group in [GROUP[:1] * 3, *[GROUP] * 3]]  # fmt: skip
+    return [TASK] * 4, groups, graded
 
 
-def same_step(one: Seen, other: Seen) -> None:
-    """The first step agrees to rounding (later ones may drift: Adam amplifies rounding)."""
-    assert one.samples[:4] == other.samples[:4]
-    a, b = ({k: v for k, v in seen.metrics[0].items() if k != "logprob_diff/max"} for seen in (one, other))
-    assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+def rewards(config: TrainConfig) -> Any:
+    """Advantages, and which completions count."""
+    tasks, groups, graded = experience()
+    given = training_rewards(tasks, groups, graded, config.reward, config.rollout.max_new_tokens)
+    return [x.tolist() for x in relative_rewards(given, config.loss, config.reward)]
 
 
-def shapes(one: Seen, other: Seen) -> bool:
-    """What is sampled at one time, and nothing else."""
-    same_step(one, other)
-    return one.waves != other.waves
+def made(config: TrainConfig) -> tuple[Learner, list]:
+    """A learner, and the minibatches of a step."""
+    tasks, groups, _ = experience()
+    groups = [group[:2] for group in groups]  # of at most 20 tokens
+    with jax.set_mesh(mesh := make_mesh(config.mesh)):
+        one = Learner(learner.network(config), config, mesh)
+        return one, one.minibatches(tasks, groups, np.ones((4, 2), bool), np.ones((4, 2), np.float32))
 
 
-def update_shapes(one: Seen, other: Seen) -> bool:
-    same_step(one, other)
-    return [b.mask.shape for b in one.batches] != [b.mask.shape for b in other.batches]
+def weights(config: TrainConfig) -> Any:
+    """What is learnt, before the first step."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(made(config)[0].start().params)]
 
 
-def clipping(name: str) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: other.metrics[1][name] > one.metrics[1][name]
+def batches(config: TrainConfig) -> Any:
+    """The shapes of a step's minibatches."""
+    return [part.mask.shape for part in made(config)[1]]
 
 
-def fewer_alike(one: Seen, other: Seen) -> bool:
-    """Groups without variance, over the run; where a first group had variance, it was kept."""
-    share = [sum(m["reward/zero_std_groups"] for m in seen.metrics) for seen in (one, other)]
-    return share[1] < share[0]
+def update(config: TrainConfig) -> str:
+    """The traced program of an update; the weights that it takes are float32."""
+    one, (part, *_) = made(config)
+    state, graphdef = one.start(), nnx.graphdef(learner.network(config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    program = make_update(graphdef, config, make_optimizer(config.optimizer))
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(program)(*state, part)))
 
 
-def only_compute(one: Seen, other: Seen) -> bool:
-    """The loss, while the weights stay float32."""
-    assert {x.dtype for seen in (one, other) for x in seen.params} == {np.dtype("float32")}
-    return metric("loss")(one, other)
-
-
-def metric(name: str) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
-
-
-def gap(one: Seen, other: Seen) -> bool:
-    """Between sampler and trainer at each step's first update: more than rounding, and not much."""
-    wide = [max(m["logprob_diff/mean"] for m in seen.metrics) for seen in (one, other)]
-    return wide[0] < 1e-6 and 1e-5 < wide[1] < 0.01
-
-
-def graded_in_8_bits(one: Seen, other: Seen) -> bool:
-    """Other verdicts, and their gap is measured in each step: the mean over the samples that name one."""
-    for metrics in other.metrics:
-        found = [c["logprob_diff"] for s in other.samples for c in s["criteria"]
-                 if s["step"] == metrics["step"] and "logprob_diff" in c]  # fmt: skip
-        assert len(found) == 4  # grading.rows
-        assert metrics["grader/logprob_diff/mean"] == pytest.approx(np.mean([gap["mean"] for gap in found]))
-        assert metrics["grader/logprob_diff/max"] == max(gap["max"] for gap in found) > 1e-5
-    assert not any(name.startswith("grader/logprob_diff") for m in one.metrics for name in m)
-    return grades_only(one, other)
-
-
-def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
-    def check(one, other):
-        same_step(one, other)
-        return other.checkpoints == list(steps) != one.checkpoints
-
-    return check
-
-
-def traced(one: Seen, other: Seen) -> bool:
-    """A trace of one step of the two, and the same numbers."""
-    assert one.metrics == other.metrics
-    sessions = list((other.run_dir / "profile" / "plugins" / "profile").iterdir())
-    traces = [file for file in sessions[0].iterdir() if file.name.endswith(".xplane.pb")]
-    return not (one.run_dir / "profile").exists() and len(sessions) == len(traces) == 1
-
-
-def best_kept(one: Seen, other: Seen) -> bool:
-    """The checkpoint with the highest reward and the newest, which without the key is alone."""
-    rewards = [row["reward/mean"] for row in other.metrics]
-    best = 1 + int(np.argmax(rewards))
-    assert one.checkpoints == [4] and best < 4, rewards
-    return other.checkpoints == [best, 4]
-
-
-def eval_lines(steps: list[int], rows: int) -> Callable[[Seen, Seen], bool]:
-    """At which steps held-out rows are graded, and how many of their samples a time."""
-
-    def check(one, other):
-        at = [
-            [(m["step"], sum(s["split"] == "eval" and s["step"] == m["step"] for s in seen.samples))
-             for m in seen.metrics if "eval/self" in m]
-            for seen in (one, other)
-        ]  # fmt: skip
-        return at[1] == [(step, rows) for step in steps] != at[0]
-
-    return check
-
-
-def judged_by_frozen(one: Seen, other: Seen) -> bool:
-    named = [{name for row in seen.metrics for name in row if "frozen" in name} for seen in (one, other)]
-    return named == [{"eval/frozen", "grader/agreement_frozen"}, set()]
-
-
-def lines(count: int) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: len(other.metrics) == count != len(one.metrics)
-
-
-def per_step(prompts: int, group: int) -> Callable[[Seen, Seen], bool]:
-    def check(one, other):
-        step = [s for s in other.samples if s["step"] == 1]
-        return len({s["prompt_id"] for s in step}) == prompts and len(step) == prompts * group
-
-    return check
+def optimized(config: TrainConfig) -> list[float]:
+    """Two weights after three steps of the optimizer."""
+    optimizer, w = make_optimizer(config.optimizer), jnp.array([1.0, -2.0])
+    state = optimizer.init(w)
+    for gradient in ([0.3, 0.4], [-3.0, 4.0], [0.5, 0.1]):
+        updates, state = optimizer.update(jnp.array(gradient), state, w)
+        w = w + updates
+    return w.tolist()
 
 
 class Key(NamedTuple):
-    """Another value, what it must change, and what is set beside it in both runs."""
+    """Another value, what it must change, and what is set beside it in both."""
 
     value: str
-    changes: Callable[[Seen, Seen], bool]
+    changes: Callable[[TrainConfig], Any]
     given: tuple[str, ...] = ()
 
 
-HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
-FAST = ("optimizer.learning_rate=0.002", "group_size=8")  # ratios far from 1
-CUT = ("rollout.max_new_tokens=20", "rollout.completion_buckets=[20]")  # too short for some answers
-LONG = ("grading.criterion_buckets=[340]", "grading.rows=[2]")  # room for all criteria at once
-KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
-BEST = ("checkpoint.every=1", "checkpoint.keep=1", "steps=4", "seed=2")  # the best is not the last
-SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
+LOGITS = ("grading.verdict=logits",)
 
 KEYS = {
-    "model": Key("{random}", samples),
-    "data.train": Key(f"{WORLD / 'hard.jsonl'}", samples),
-    "data.eval": Key(f"{WORLD / 'hard.jsonl'}", eval_lines([0, 2], 2), ("eval.rows=2",)),
-    "data.minus": Key("{rest}", samples),
-    "data.where": Key('["theme:3_facts"]', samples),
-    "steps": Key("1", lines(1)),
-    "seed": Key("1", samples),
-    "prompts_per_step": Key("4", per_step(4, 2)),
-    "group_size": Key("3", per_step(2, 3)),
-    "grader": Key("frozen", results, ("optimizer.learning_rate=0.01",)),
-    "kl_coef": Key("0.5", learning),
-    "dtype": Key("bfloat16", only_compute),
-    "rollout.max_new_tokens": Key("12", samples, ("rollout.completion_buckets=[{max_new_tokens}]",)),
-    "rollout.prompt_buckets": Key("[27, 36]", shapes),
-    "rollout.completion_buckets": Key("[56, 64]", update_shapes),
-    "rollout.rows": Key("[1]", shapes),
-    "rollout.memory_gb": Key("0.003", shapes),
-    "rollout.thinking": Key("true", samples, ("model={thinking}",)),
-    "rollout.int8": Key("weights_kv", gap),
-    "rollout.sampling.temperature": Key("0.5", samples),
-    "grading.max_new_tokens": Key("3", grades_only),
-    "grading.prefix_buckets": Key("[72, 120]", shapes),
-    "grading.criterion_buckets": Key("[20]", shapes),
-    "grading.criteria_buckets": Key("[6, 8]", shapes),
-    "grading.template": Key("{template}", grades_only),
-    "grading.rows": Key("[3]", shapes),
-    "grading.memory_gb": Key("0.012", shapes),
-    "grading.verdict": Key("logits", grades_only),
-    "grading.votes": Key("3", grades_only),
-    "grading.together": Key("true", grades_only, (*LONG, "steps=1")),
-    "grading.tries": Key("1", grades_only, SHORT),
-    "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
-    "grading.int8": Key("weights_kv", graded_in_8_bits, HOT),
-    "grading.sampling.temperature": Key("3.0", grades_only),
-    "grading.sampling.top_k": Key("2", grades_only, HOT),
-    "grading.sampling.top_p": Key("0.5", grades_only, HOT),
-    "grading.sampling.min_p": Key("0.5", grades_only, HOT),
-    "loss.clip_low": Key("0.0001", clipping("clip_frac/low")),
-    "loss.clip_high": Key("0.0001", clipping("clip_frac/high")),
-    "reward.criteria": Key("positive", learning),
-    "reward.soft": Key("true", learning, ("grading.verdict=logits",)),
-    "reward.drop_unvarying": Key("true", learning, ("loss.advantage=mean",)),
-    "reward.axis_weights": Key("{{completeness: 0.1}}", learning),
-    "reward.overlong": Key("mask", learning, CUT),
-    "reward.overlong_buffer": Key("60", learning),
-    "reward.zero_variance": Key("drop", learning, (*KIND_ONLY, "prompts_per_step=4")),
-    "reward.resample": Key("2", fewer_alike, (*KIND_ONLY, "prompts_per_step=4")),
-    "loss.advantage": Key("mean", learning),
-    "loss.ratio": Key("sequence", learning),
-    "loss.aggregate": Key("sequence", learning),
-    "loss.dual_clip": Key("1.2801", clipping("clip_frac/dual"), FAST),
-    "loss.entropy_coef": Key("0.1", learning),
-    "loss.importance_cap": Key("0.9", learning),
-    "loss.kl_estimator": Key("k2", metric("kl")),
-    "optimizer.learning_rate": Key("0.002", learning),
-    "optimizer.minibatches": Key("1", lambda one, other: len(one.batches) == 2 * len(other.batches)),
-    "optimizer.microbatch": Key("2", update_shapes, ("optimizer.minibatches=1",)),
-    "checkpoint.every": Key("1", kept(1, 2)),
-    "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
-    "checkpoint.best": Key("reward/mean", best_kept, BEST),
-    "profile": Key("[2]", traced),
-    "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
-    "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
-    "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
-    "eval.frozen": Key("false", judged_by_frozen, EVAL),
+    "model": Key("{random}", weights),
+    "dtype": Key("bfloat16", update),
+    "data.train": Key(f"{WORLD / 'hard.jsonl'}", rows),
+    "data.minus": Key("{rest}", rows),
+    "data.where": Key('["theme:3_facts"]', rows),
+    "rollout.thinking": Key("true", rows, ("model={thinking}",)),
+    "rollout.max_new_tokens": Key("12", roles, ("rollout.completion_buckets=[{max_new_tokens}]",)),
+    "rollout.prompt_buckets": Key("[27, 36]", roles),
+    "rollout.completion_buckets": Key("[20, 64]", batches),
+    "rollout.rows": Key("[1]", roles),
+    "rollout.memory_gb": Key("0.003", roles),
+    "rollout.int8": Key("weights_kv", roles),
+    "rollout.sampling.temperature": Key("0.5", roles),
+    "grading.max_new_tokens": Key("3", roles),
+    "grading.prefix_buckets": Key("[72, 120]", roles),
+    "grading.criterion_buckets": Key("[20]", roles),
+    "grading.criteria_buckets": Key("[6, 8]", roles),
+    "grading.template": Key("{template}", roles),
+    "grading.rows": Key("[3]", roles),
+    "grading.memory_gb": Key("0.012", roles),
+    "grading.verdict": Key("logits", roles),
+    "grading.votes": Key("3", roles),
+    "grading.together": Key("true", roles),
+    "grading.tries": Key("1", roles),
+    "grading.thinking": Key("true", roles, ("model={thinking}",)),
+    "grading.int8": Key("weights_kv", roles),
+    "grading.sampling.temperature": Key("3.0", roles),
+    "grading.sampling.top_k": Key("2", roles),
+    "grading.sampling.top_p": Key("0.5", roles),
+    "grading.sampling.min_p": Key("0.5", roles),
+    "reward.criteria": Key("positive", rewards),
+    "reward.soft": Key("true", rewards),
+    "reward.drop_unvarying": Key("true", rewards, ("loss.advantage=mean",)),
+    "reward.axis_weights": Key("{{accuracy: 0.1}}", rewards),
+    "reward.overlong": Key("mask", rewards),
+    "reward.overlong_buffer": Key("60", rewards),
+    "reward.zero_variance": Key("drop", rewards),
+    "kl_coef": Key("0.5", update),
+    "loss.advantage": Key("mean", rewards),
+    "loss.ratio": Key("sequence", update),
+    "loss.aggregate": Key("sequence", update),
+    "loss.clip_low": Key("0.0001", update),
+    "loss.clip_high": Key("0.0001", update),
+    "loss.dual_clip": Key("1.5", update),
+    "loss.kl_estimator": Key("k2", update),
+    "loss.entropy_coef": Key("0.1", update),
+    "loss.importance_cap": Key("0.9", update),
+    "optimizer.learning_rate": Key("0.002", optimized),
+    "optimizer.warmup_steps": Key("0", optimized),
+    "optimizer.weight_decay": Key("0.5", optimized),
+    "optimizer.beta1": Key("0.5", optimized),
+    "optimizer.beta2": Key("0.9", optimized),
+    "optimizer.grad_clip": Key("10", optimized),
+    "optimizer.first_moment": Key("bfloat16", optimized),
+    "optimizer.minibatches": Key("1", batches),
+    "optimizer.microbatch": Key("2", batches),
+    "optimizer.remat": Key("full", update),
 }  # fmt: skip
 
-# Of AdamW: tried without a run, which shows by the learning rate that it uses this optimizer.
-OPTIMIZER = {
-    "optimizer.warmup_steps": "0",
-    "optimizer.weight_decay": "0.5",
-    "optimizer.beta1": "0.5",
-    "optimizer.beta2": "0.9",
-    "optimizer.grad_clip": "10",
-    "optimizer.first_moment": "bfloat16",
+
+# ---- keys of what surrounds a step: a run with other values of them all, beside one with none of these
+
+
+class Seen(NamedTuple):
+    """What a run shows of itself; `rollouts` are the prompts and completions of each call of the sampler."""
+
+    metrics: list[dict]
+    samples: list[dict]
+    checkpoints: list[int]
+    rollouts: list[tuple[int, int]]
+    run_dir: Path
+
+    def first(self, split: str) -> list[dict]:
+        """The samples of the first step that has some of this split."""
+        rows = [row for row in self.samples if row["split"] == split]
+        return [row for row in rows if row["step"] == rows[0]["step"]]
+
+    def prompts(self, split: str) -> list[str]:
+        return list(dict.fromkeys(row["prompt_id"] for row in self.first(split)))
+
+
+EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
+# Nearly all groups without variance.
+ALIKE = "reward.axis_weights={accuracy: 0, completeness: 0, instruction_following: 0}"
+
+# Another value, what shows it, and what that is without and with it.
+RUNS = {
+    "steps": ("3", lambda seen: seen.metrics[-1]["step"], 2, 3),
+    "seed": ("1", lambda seen: seen.prompts("train")[0], "easy-0162", "easy-0090"),
+    "prompts_per_step": ("4", lambda seen: len(seen.prompts("train")), 2, 4),
+    "group_size": ("3", lambda seen: len(seen.first("train")) / len(seen.prompts("train")), 2, 3),
+    "reward.resample": ("1", lambda seen: any(0 < n < 4 and g == 3 for n, g in seen.rollouts), False, True),
+    "checkpoint.every": ("1", lambda seen: 2 in seen.checkpoints[:-1], False, True),
+    "checkpoint.keep": ("3", lambda seen: len(seen.checkpoints), 1, 3),
+    "eval.every": ("1", lambda seen: sum("eval/self" in row for row in seen.metrics), 2, 4),
+    "eval.rows": ("3", lambda seen: len(seen.prompts("eval")), 2, 3),
+    "eval.samples": ("2", lambda seen: len(seen.first("eval")) / len(seen.prompts("eval")), 1, 2),
+    "eval.frozen": ("false", lambda seen: "eval/frozen" in seen.metrics[0], True, False),
+    "profile": ("[2]", lambda seen: len(list(seen.run_dir.glob("profile/**/*.xplane.pb"))), 0, 1),
 }
 
-# Keys with a test of their own below; those of remat and experts are in test_update.py, max_skipped's in
-# test_guards.py, that of preemption_seconds in test_preemption.py, those of teacher, eval.margin and
-# eval.agreement in test_monitor.py, those of data.teacher in test_lessons.py, those of LoRA in
-# test_lora.py, trackers in test_resume.py.
+# Keys with a test of their own, below or in the file that is named.
 ELSEWHERE = {
-    "trackers",
-    "teacher",
-    "eval.margin",
-    "eval.agreement",
-    "data.teacher",
-    "data.teacher_share",
-    "run_dir",
-    "rollout.sampling.top_k",
-    "rollout.sampling.top_p",
-    "rollout.sampling.min_p",
-    "optimizer.remat",
-    "attention",
-    "reference",
-    "lora.rank",
-    "lora.alpha",
-    "lora.targets",
-    "optimizer.max_skipped",
-    "checkpoint.preemption_seconds",
-    "loss.balance_experts",
-    "mesh.slice",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.expert",
-}
+    "run_dir", "data.eval", "reference", "attention",
+    "rollout.sampling.top_k", "rollout.sampling.top_p", "rollout.sampling.min_p",
+    "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",
+    "grader",  # test_experience.py
+    "teacher", "eval.margin", "eval.agreement",  # test_monitor.py
+    "data.teacher", "data.teacher_share",  # test_lessons.py
+    "lora.rank", "lora.alpha", "lora.targets",  # test_lora.py
+    "optimizer.max_skipped",  # test_guards.py
+    "checkpoint.best",  # test_checkpoint.py
+    "checkpoint.preemption_seconds",  # test_preemption.py
+    "loss.balance_experts",  # test_update.py
+    "trackers",  # test_resume.py
+}  # fmt: skip
 
 
 def leaves(kind, path: str = "") -> set[str]:
@@ -314,8 +285,7 @@ def leaves(kind, path: str = "") -> set[str]:
 
 
 def test_the_table_has_every_key_of_the_recipe():
-    names = [*KEYS, *OPTIMIZER, *ELSEWHERE]
-    assert sorted(leaves(TrainConfig)) == sorted(names)
+    assert sorted(leaves(TrainConfig)) == sorted([*KEYS, *RUNS, *ELSEWHERE])
 
 
 @pytest.fixture(scope="module")
@@ -340,72 +310,74 @@ def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def run(recipe, logs, places, tmp_path_factory):
-    """Runs BASE with overrides, each set of them once."""
-    done: dict[tuple[str, ...], Seen] = {}
+def becomes(recipe, places):
+    """What becomes of BASE with overrides, by one of the functions above; each once."""
 
-    def once(*overrides: str) -> Seen:
-        if overrides in done:
-            return done[overrides]
-        run_dir = tmp_path_factory.mktemp("run")
-        waves, batches = set(), []
-        sample, split = Sampler._prefill, learner.split_batch
-
-        def spy_sample(self, params, trunk, wave, *rest):
-            waves.add((len(wave.indices), wave.prefix, wave.fan_out, wave.branch))
-            return sample(self, params, trunk, wave, *rest)
-
-        def spy_split(*args):
-            batches.extend(split(*args))
-            return split(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sampler, "_prefill", spy_sample)
-            patch.setattr(learner, "split_batch", spy_split)
-            state = train(recipe(run_dir, *BASE, *overrides))
-        steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
-        params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
-        done[overrides] = Seen(*logs(run_dir), params, steps, waves, batches, run_dir)
-        return done[overrides]
+    @cache
+    def once(function: Callable[[TrainConfig], Any], *overrides: str) -> Any:
+        return function(recipe("unused", "prompts_per_step=4", *BASE, *overrides))
 
     return once
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_changes_what_it_should(key, run, places):
+def test_a_key_changes_what_it_should(key, becomes, places):
     value, changes, given = KEYS[key]
 
     def fill(override: str, tokens: str) -> str:
         return override.format(**places, max_new_tokens=tokens)
 
-    one = run(*[fill(override, "64") for override in given])
-    other = run(*[fill(override, value) for override in given], fill(f"{key}={value}", value))
-    assert changes(one, other)
+    one = becomes(changes, *[fill(override, "64") for override in given])
+    other = becomes(changes, *[fill(override, value) for override in given], fill(f"{key}={value}", value))
+    assert one != other
 
 
-@pytest.mark.parametrize("key", OPTIMIZER)
-def test_a_key_of_the_optimizer_changes_its_steps(key, recipe):
-    def weights(*overrides):
-        optimizer = make_optimizer(recipe("unused", *BASE, *overrides).optimizer)
-        w = jnp.array([1.0, -2.0])
-        state = optimizer.init(w)
-        for gradient in ([0.3, 0.4], [-3.0, 4.0], [0.5, 0.1]):
-            updates, state = optimizer.update(jnp.array(gradient), state, w)
-            w = w + updates
-        return w.tolist()
+@pytest.mark.parametrize("function", [rows, roles, weights, rewards, batches, update, optimized])
+def test_of_one_recipe_becomes_the_same(function, becomes, recipe):
+    """Without this, a difference in the table above would tell nothing."""
+    assert function(recipe("unused", "prompts_per_step=4", *BASE)) == becomes(function)
 
-    assert weights(f"{key}={OPTIMIZER[key]}") != weights() == weights()
+
+@pytest.fixture(scope="module")
+def run(recipe, logs, tmp_path_factory):
+    """Runs BASE with overrides, each set of them once."""
+
+    @cache
+    def once(*overrides: str) -> Seen:
+        run_dir, rollouts, rollout = tmp_path_factory.mktemp("run"), [], SelfRewarder.rollout
+
+        def spy(self, params, tasks, samples, *rest):
+            rollouts.append((len(tasks), samples))
+            return rollout(self, params, tasks, samples, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SelfRewarder, "rollout", spy)
+            train(recipe(run_dir, *BASE, *overrides))
+        steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+        return Seen(*logs(run_dir), steps, rollouts, run_dir)
+
+    return once
+
+
+@pytest.mark.parametrize("key", RUNS)
+def test_a_key_changes_what_a_run_shows(key, run):
+    _, shows, without, having = RUNS[key]
+    others = [f"{name}={value}" for name, (value, *_) in RUNS.items()]
+    assert (shows(run(*EVAL)), shows(run(*EVAL, *others, ALIKE))) == (without, having)
 
 
 def test_two_runs_of_one_recipe_are_the_same(recipe, logs, run, tmp_path):
-    """Without this, a difference in the table above would tell nothing."""
     one = run()
     train(recipe(tmp_path, *BASE))
     assert logs(tmp_path) == (one.metrics, one.samples)
 
 
+def test_held_out_rows_are_graded_only_where_they_are_given(run):
+    assert [any("eval/self" in row for row in seen.metrics) for seen in (run(), run(*EVAL))] == [False, True]
+
+
 def test_run_dir_is_where_everything_is_written(run):
-    one, other = run(), run("seed=1")
+    one, other = run(), run(*EVAL)
     assert one.run_dir != other.run_dir
     names = {path.name for path in one.run_dir.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= names
