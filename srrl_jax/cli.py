@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from srrl_jax.errors import InputError
+from srrl_jax.viewer.command import view
 
 if TYPE_CHECKING:
     from srrl_jax.grading import JudgeConfig
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Look at rows, and bring them into another form.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command("view")(view)
 
 
 # Options that several commands have.

@@ -79,12 +79,14 @@ def sample_rows(
 ) -> list[dict]:
     """One `samples.jsonl` row for each completion, with every criterion and its verdict.
 
-    `others` are the same completions by other judges, whose verdicts stand under their names.
+    `others` are the same completions by other judges, whose verdicts stand under their names and their
+    reasons under NAME_explanation.
     """
     return [
         {
             "split": split if task.met is None else "lesson",
             "prompt_id": task.example.prompt_id,
+            "example_tags": list(task.example.example_tags),
             "sample": j,
             "prompt": list(task.example.prompt),
             "completion": g.text,
@@ -97,6 +99,7 @@ def sample_rows(
                 {
                     "criterion": criterion.criterion,
                     "points": criterion.points,
+                    "tags": list(criterion.tags),
                     "verdict": verdict.met,
                     "probability": verdict.probability,
                     "explanation": verdict.explanation,
@@ -105,6 +108,10 @@ def sample_rows(
                 }
                 | ({"logprob_diff": verdict.gap._asdict()} if verdict.gap else {})
                 | {name: judged[i][j].verdicts[k].met for name, judged in others.items()}
+                | {
+                    f"{name}_explanation": judged[i][j].verdicts[k].explanation
+                    for name, judged in others.items()
+                }
                 for k, (criterion, verdict) in enumerate(zip(task.example.rubrics, g.verdicts, strict=True))
             ],
         }

@@ -1,0 +1,1 @@
+const EXPORT = null; // of files: their answers

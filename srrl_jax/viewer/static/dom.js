@@ -1,0 +1,71 @@
+// Elements, links and numbers. Text goes in as text nodes alone: nothing that a model wrote is ever parsed.
+"use strict";
+
+function h(tag, attributes, ...children) {
+  const svg = ["svg", "path", "line", "text", "circle", "g", "rect"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value" || name === "selected") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+// What is seen is in the address: #VIEW?KEY=VALUE&...
+function here() {
+  const [view, query] = location.hash.slice(1).split("?");
+  return { view: view || "overview", params: Object.fromEntries(new URLSearchParams(query)) };
+}
+
+function link(view, params) {
+  const given = Object.entries(params).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const query = new URLSearchParams(given).toString();
+  return `#${view}${query ? "?" + query : ""}`;
+}
+
+// The same view with some parameters changed.
+const change = (changes) => link(here().view, { ...here().params, ...changes });
+const go = (hash) => { location.hash = hash; };
+
+const number = (value) => {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  const digits = Number.isInteger(value) || size >= 1000 ? 0 : size >= 100 ? 0 : size >= 10 ? 1 : 2;
+  if (size && size < 0.01) return value.toPrecision(2).replace("-", "−");
+  return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
+};
+const signed = (value) => (value > 0 ? "+" : "") + number(value);
+const percent = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)}%`);
+
+const empty = (title, text) => h("div", { class: "empty" }, h("h2", {}, title), h("p", {}, text));
+
+// Controls whose value is a parameter of the address.
+function choose(name, label, options, shown = (option) => option, none = "any") {
+  const now = here().params[name] || "";
+  const all = now && !options.includes(now) ? [now, ...options] : options;
+  return h("label", {}, h("span", {}, label),
+    h("select", { id: `f-${name}`, onchange: (event) => go(change({ [name]: event.target.value, page: "", open: "", beside: "", k: "" })) },
+      h("option", { value: "" }, none),
+      all.map((option) => h("option", { value: option, selected: option === now }, shown(option)))));
+}
+
+function type(name, label, hint, size = 8) {
+  return h("label", {}, h("span", {}, label),
+    h("input", { id: `f-${name}`, value: here().params[name] || "", placeholder: hint, size, autocomplete: "off",
+      onchange: (event) => go(change({ [name]: event.target.value.trim(), page: "", open: "", beside: "", k: "" })) }));
+}
+
+// A table whose heads sort: columns are [key, head, title, cell].
+function table(columns, rows, { sort, attributes = () => ({}) }) {
+  const heads = columns.map(([key, head, title, , left]) => {
+    const now = sort === key ? " ↑" : sort === `-${key}` ? " ↓" : "";
+    const name = sort === undefined || !key ? head : h("a", { href: change({ sort: sort === `-${key}` ? key : `-${key}`, page: "" }) }, head + now);
+    return h("th", { title, scope: "col", class: left && left.replace("text", "") }, name);
+  });
+  return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, heads)),
+    h("tbody", {}, rows.map((row) => h("tr", attributes(row),
+      columns.map(([, , , cell, left]) => h("td", { class: left }, (left || "").includes("text") ? h("div", { class: "clamp" }, cell(row)) : cell(row))))))));
+}
