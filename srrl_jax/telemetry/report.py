@@ -1,7 +1,7 @@
 """The HTML report of a run: one self-contained file that a person opens after training."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,34 @@ from markupsafe import Markup
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
-from srrl_jax.telemetry.charts import Panel, Series, line_chart, stacked_chart
-from srrl_jax.telemetry.run_log import PHASES, iter_jsonl, read_metrics
+from srrl_jax.telemetry.charts import SERIES, Panel, Series, line_chart, stacked_chart
+from srrl_jax.telemetry.curves import CHARTS
+from srrl_jax.telemetry.run_log import PHASES, read_metrics
 from srrl_jax.telemetry.text import duration, number, points
+from srrl_jax.viewer.index import Index
+from srrl_jax.viewer.queries import axis_curves, criteria
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 MAX_FOLDED = 12
 """How many of a step's samples are shown folded, beside the best and the worst."""
+CRITERIA, DISAGREEMENTS = 20, 10
+"""How many criteria, of those to repair first, and samples, on which judges differ most, are shown."""
+_TILES = {
+    "Self-given reward": "reward/mean",
+    "Held-out, self-graded": "eval/self",
+    "KL to the reference": "kl",
+    "Entropy": "entropy",
+    "Completion length": "completions/mean_length",
+    "Unscorable verdicts": "grader/unscorable",
+    "Tokens per second": "perf/tokens_per_s",
+    "Verdicts per second": "perf/verdicts_per_s",
+    "Update, of the chips' peak": "perf/mfu",
+}
+
+
+_DIFFER = f"""SELECT id FROM samples WHERE differ > 0
+ORDER BY differ DESC, differ / len(criteria) DESC, id DESC LIMIT {DISAGREEMENTS}"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,8 @@ def write_report(
     ``curves`` are scores from outside the run's own grader, {label: [(step, value), ...]}, drawn
     with the self-given reward: where they part, the policy games its own grader. ``table`` is the
     headline, rows of {"what", "before", "after"}. Charts whose metrics were not logged are left
-    out. Raises InputError when ``run_dir`` has no metrics.jsonl.
+    out. Where `srrl view --export RUN_DIR/view` has written the samples, the report links there. Raises
+    InputError when ``run_dir`` has no metrics.jsonl.
     """
     run_dir = storage.locate(run_dir)
     if not storage.parts(run_dir / "metrics.jsonl"):
@@ -68,15 +89,31 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "points": points}
+    with Index([run_dir]) as index:
+        found = {
+            "warnings": list(
+                dict.fromkeys(
+                    (e["step"], e["message"]) for e in index.runs[0].events() if e["event"] == "warning"
+                )
+            ),
+            "axes": axis_curves(index, 0),
+            "criteria": criteria(index, {})["rows"][:CRITERIA],
+            "splits": [
+                {"name": name, "steps": steps}
+                for split, name in (("train", "Training"), ("eval", "Held-out"))
+                if (steps := _steps(index, split))
+            ],
+            "disagreements": [_card("", index.row(0, row["id"])) for row in index.ask(_DIFFER)],
+        }
     page = environment.get_template("report.html").render(
         title=title or f"Self-rewarding run: {run_dir.name}",
         facts=_facts(yaml.safe_load(config) or {}, metrics),
         table=[_headline(row) for row in table or []],
-        warnings=_warnings(run_dir / "events.jsonl"),
         tiles=_tiles(metrics),
-        charts=_charts(metrics, curves or {}),
-        splits=_splits(run_dir / "samples.jsonl"),
+        charts=_charts(metrics, found.pop("axes"), curves or {}),
+        viewer="view/index.html" if (run_dir / "view/index.html").is_file() else "",
         config=config,
+        **found,
     )
     path = run_dir / "report.html"
     # "replace": a completion may hold half of a surrogate pair, which UTF-8 cannot.
@@ -105,12 +142,6 @@ def _facts(config: dict, metrics: list[dict]) -> list[tuple[str, str]]:
     return facts
 
 
-def _warnings(path: epath.Path) -> list[tuple[int, str]]:
-    """(step, message) of every warning, once though a resumed run gave it again."""
-    rows = iter_jsonl(path) if storage.parts(path) else ()
-    return list(dict.fromkeys((row["step"], row["message"]) for row in rows if row["event"] == "warning"))
-
-
 def _lookup(config: dict, dotted: str) -> object:
     value = config
     for key in dotted.split("."):
@@ -137,19 +168,8 @@ def _series(metrics: list[dict], key: str, label: str, colour: int = 0) -> list[
 
 def _tiles(metrics: list[dict]) -> list[dict]:
     """Key numbers: the mean over the last tenth of the run, and over the first for comparison."""
-    keys = {
-        "Self-given reward": "reward/mean",
-        "Held-out, self-graded": "eval/self",
-        "KL to the reference": "kl",
-        "Entropy": "entropy",
-        "Completion length": "completions/mean_length",
-        "Unscorable verdicts": "grader/unscorable",
-        "Tokens per second": "perf/tokens_per_s",
-        "Verdicts per second": "perf/verdicts_per_s",
-        "Update, of the chips' peak": "perf/mfu",
-    }
     tiles = []
-    for label, key in keys.items():
+    for label, key in _TILES.items():
         for series in _series(metrics, key, label):
             values = [value for _, value in series.points]
             tenth = max(1, len(values) // 10)
@@ -158,88 +178,28 @@ def _tiles(metrics: list[dict]) -> list[dict]:
     return tiles
 
 
-def _charts(metrics: list[dict], curves: Curves) -> list[Chart]:
-    def find(*wanted: tuple[str, str]) -> list[Series]:
-        # The place in the call sets the colour; ("", "") leaves one to another panel's line.
-        return [
-            line
-            for colour, (key, label) in enumerate(wanted)
-            for line in _series(metrics, key, label, colour)
-        ]
-
-    outside = [
-        Series(label, [(step, v) for step, v in curve if v is not None and math.isfinite(v)], 0)
-        for label, curve in curves.items()
+def _charts(metrics: list[dict], axes: Curves, curves: Curves) -> list[Chart]:
+    """Those of the table whose metrics were logged, the axes' scores and the seconds of each phase."""
+    charts = []
+    for title, note, panels in CHARTS:
+        drawn, colour = [], 0
+        for heading, fraction, lines in panels:
+            series = []
+            for key, label in lines.items():
+                series += _series(metrics, key, label, colour)
+                colour += 1
+            drawn.append(Panel(heading, series, fraction))
+        if title == "Reward":
+            drawn[0].series.extend(_lines(curves, len(drawn[0].series)))
+        charts += _line_chart(title, note, drawn, wide=title == "Reward")
+    note = "Points met over positive points of each axis of the rubrics, in training's answers."
+    axis_lines = _lines({name.removeprefix("axis/"): curve for name, curve in axes.items()}, 0)
+    charts += _line_chart("Score by axis", note, [Panel("score", axis_lines)], wide=True)
+    times = [
+        line
+        for colour, phase in enumerate(PHASES)
+        for line in _series(metrics, f"time/{phase}", phase.capitalize(), colour % len(SERIES))
     ]
-    rewards = find(
-        ("reward/mean", "Self-given reward"),
-        ("eval/self", "Held-out, self-graded"),
-        ("eval/frozen", "Held-out, graded by the frozen start"),
-        ("eval/teacher", "Held-out, graded by the teacher"),
-    )
-    rewards += [line for line in outside if line.points]
-    rewards = [Series(line.label, line.points, i % 6) for i, line in enumerate(rewards)]
-    note = "Mean over the step's responses."
-    if len(rewards) > 2:
-        note = (
-            "A self-given reward that climbs while an outside score does not is reward hacking:"
-            " the policy learns to please its own grader."
-        )
-    charts = _lines("Reward", note, [Panel("score", rewards)], wide=True)
-    charts += _lines(
-        "Distance and diversity",
-        "How far the policy has moved from its reference, and how varied its sampling still is.",
-        [
-            Panel("KL (nats a token)", find(("kl", "KL to the reference"))),
-            Panel("entropy (nats a token)", find(("", ""), ("entropy", "Entropy"))),
-        ],
-    )
-    charts += _lines(
-        "Completions",
-        "Truncated ones reached the length limit without ending.",
-        [
-            Panel("tokens", find(("completions/mean_length", "Mean length"))),
-            Panel(
-                "fraction truncated",
-                find(("", ""), ("completions/truncated", "Truncated")),
-                fraction=True,
-            ),
-        ],
-    )
-    charts += _lines(
-        "Grader",
-        "Fraction of criteria judged met. Unscorable verdicts could not be read and count neither way.",
-        [
-            Panel(
-                "fraction",
-                find(
-                    ("grader/met_rate", "Met, all criteria"),
-                    ("grader/met_rate_negative", "Met, negative criteria"),
-                    ("grader/unscorable", "Unscorable"),
-                    ("grader/agreement_frozen", "Agreement with the frozen grader"),
-                    ("grader/agreement_teacher", "Agreement with the teacher"),
-                ),
-                fraction=True,
-            )
-        ],
-    )
-    charts += _lines(
-        "Updates",
-        "Size of the gradient, and the fraction of tokens where the policy ratio was clipped.",
-        [
-            Panel("gradient norm", find(("grad_norm", "Gradient norm"))),
-            Panel(
-                "fraction clipped",
-                find(
-                    ("", ""),
-                    ("clip_frac/low", "Clipped low"),
-                    ("clip_frac/high", "Clipped high"),
-                ),
-                fraction=True,
-            ),
-        ],
-    )
-    times = find(*((f"time/{phase}", phase.capitalize()) for phase in PHASES))
     if times:
         svg, remark = stacked_chart(times, 1060, 260)
         note = f"Seconds of each phase, stacked. {remark}".strip()
@@ -247,7 +207,23 @@ def _charts(metrics: list[dict], curves: Curves) -> list[Chart]:
     return charts
 
 
-def _lines(title: str, note: str, panels: list[Panel], wide: bool = False) -> list[Chart]:
+def _series(metrics: list[dict], key: str, label: str, colour: int = 0) -> list[Series]:
+    """The metric as a list of one series, or of none where it was never logged."""
+    logged = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+    return [Series(label, logged, colour)] if logged else []
+
+
+def _lines(curves: Curves, first: int) -> list[Series]:
+    """Curves that have a finite value, in colours from `first` on."""
+    known = {
+        label: [(step, value) for step, value in curve if value is not None and math.isfinite(value)]
+        for label, curve in curves.items()
+    }
+    drawn = [(label, curve) for label, curve in known.items() if curve]
+    return [Series(label, curve, (first + i) % len(SERIES)) for i, (label, curve) in enumerate(drawn)]
+
+
+def _line_chart(title: str, note: str, panels: list[Panel], wide: bool = False) -> list[Chart]:
     """A list of one chart, or of none where no panel has a series."""
     panels = [panel for panel in panels if panel.series]
     if not panels:
@@ -257,60 +233,34 @@ def _lines(title: str, note: str, panels: list[Panel], wide: bool = False) -> li
     return [Chart(title, note, [line for panel in panels for line in panel.series], svg, wide)]
 
 
-def _splits(path: epath.Path) -> list[dict]:
-    """For each split, the samples of its first and its last step, as the template shows them."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for row in iter_jsonl(path) if storage.parts(path) else ():  # may be larger than memory
-        ends = found.setdefault(row["split"], {"first": [row], "last": []})
-        if row["step"] == ends["first"][0]["step"]:
-            if row is not ends["first"][0]:
-                ends["first"].append(row)
-        elif ends["last"] and row["step"] == ends["last"][0]["step"]:
-            ends["last"].append(row)
-        else:
-            ends["last"] = [row]
-    return [
-        {
-            "name": name,
-            "steps": [_step_view(end, rows) for end, rows in found[split].items() if rows],
-        }
-        for split, name in (("train", "Training"), ("eval", "Held-out"))
-        if split in found
-    ]
+def _steps(index: Index, split: str) -> list[dict]:
+    """The samples of a split's first and last step: the best and the worst, and some of the others."""
+    steps = index.ask("SELECT DISTINCT step FROM samples WHERE split = ? ORDER BY step", [split])
+    ends = zip(("First", "Last"), steps[:1] + steps[1:][-1:], strict=False)
+    return [_step(index, split, f"{end} step ({row['step']})", row["step"]) for end, row in ends]
 
 
-def _step_view(end: str, rows: list[dict]) -> dict:
-    graded = [row for row in rows if row.get("reward") is not None]
-    ranked = sorted(graded, key=lambda row: row["reward"], reverse=True)
-    shown = [("Best", ranked[0])] if ranked else []
-    shown += [("Worst", ranked[-1])] if len(ranked) > 1 else []
-    rest = ranked[1:-1] + [row for row in rows if row.get("reward") is None]
+def _step(index: Index, split: str, heading: str, step: int) -> dict:
+    order = "ORDER BY reward DESC NULLS LAST, id"
+    rows = index.ask(f"SELECT id, reward FROM samples WHERE split = ? AND step = ? {order}", [split, step])
+    graded = [row["id"] for row in rows if row["reward"] is not None]
+    shown = dict(zip(graded[:1] + graded[1:][-1:], ("Best", "Worst"), strict=False))
+    rest = [row["id"] for row in rows if row["id"] not in shown]
     return {
-        "heading": f"{end.capitalize()} step ({rows[0]['step']})",
-        "cards": [_card(label, row) for label, row in shown],
-        "rest": [_card("", row) for row in rest[:MAX_FOLDED]],
+        "heading": heading,
+        "cards": [_card(label, index.row(0, id)) for id, label in shown.items()],
+        "rest": [_card("", index.row(0, id)) for id in rest[:MAX_FOLDED]],
         "left_out": max(0, len(rest) - MAX_FOLDED),
     }
 
 
 def _card(label: str, row: dict) -> dict:
-    criteria = row["criteria"]
-    return {
+    """What the template shows of a sample, beside its row."""
+    known = [(c["points"], c["verdict"]) for c in row["criteria"] if c["verdict"] is not None]
+    return row | {
         "label": label,
-        "reward": row.get("reward"),
-        "advantage": row.get("advantage"),
-        "tokens": row.get("tokens"),
-        "truncated": bool(row.get("truncated")),
-        "prompt_id": row.get("prompt_id", ""),
-        "prompt": row["prompt"],
-        "response": row["response"],
         "completion": row["completion"] if row["completion"] != row["response"] else "",
-        "criteria": criteria,
-        "won": _total(criteria, lambda c: c["verdict"] and c["points"] > 0),
-        "lost": _total(criteria, lambda c: c["verdict"] and c["points"] < 0),
-        "possible": _total(criteria, lambda c: c["verdict"] is not None and c["points"] > 0),
+        "won": sum(points for points, met in known if met and points > 0),
+        "lost": sum(points for points, met in known if met and points < 0),
+        "possible": sum(points for points, met in known if points > 0),
     }
-
-
-def _total(criteria: Iterable[dict], counts: Callable[[dict], bool]) -> float:
-    return sum(criterion["points"] for criterion in criteria if counts(criterion))

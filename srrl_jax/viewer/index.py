@@ -204,7 +204,10 @@ class Index:
     def _insert(self, number: int, run: Run, batch: list[tuple[int, int, bytes]]) -> None:
         tables: dict[str, list[dict]] = {name: [] for name in _TABLES}
         for id, (part, at, line) in enumerate(batch, start=run.samples):
-            row = _read(line)
+            try:
+                row = _read(line)
+            except ValueError as error:
+                raise InputError(f"{run.tail.parts[part]}: line {id + 1}: not JSON ({error})") from None
             if row["prompt_id"] not in self._prompts:
                 self._prompts.add(row["prompt_id"])
                 text = "\n".join(turn["content"] for turn in row["prompt"])
@@ -218,7 +221,7 @@ class Index:
             marks = {"self": "".join([_MARK[c["verdict"]] for c in criteria])} | {
                 name: "".join([_MARK[c.get(name)] for c in criteria])
                 for name in JUDGES[1:]
-                if name in criteria[0]
+                if criteria and name in criteria[0]
             }
             texts = [row["completion"], *(c["explanation"] for c in criteria)]
             tables["samples"].append(

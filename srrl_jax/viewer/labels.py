@@ -6,7 +6,6 @@ import threading
 from etils import epath
 
 from srrl_jax import storage
-from srrl_jax.evaluation.agreement import agreement, grader_pairs
 from srrl_jax.telemetry.run_log import read_jsonl
 from srrl_jax.viewer.index import JUDGES, Index
 
@@ -43,6 +42,8 @@ def mark(index: Index, run: int, id: int, k: int, label: bool | None) -> dict[st
 
 def scores(labels: list[dict]) -> dict[str, dict]:
     """{judge: its F1 of met, of not met, their mean, and the number of marks} against the marks."""
+    from srrl_jax.evaluation.agreement import agreement, grader_pairs  # whose room imports JAX
+
     names = dict.fromkeys(name for row in labels for name in row["judges"])
     found = {}
     for name in names:

@@ -1,5 +1,6 @@
 """The report: what it shows, what it leaves out, and that it trusts no completion."""
 
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -107,6 +108,33 @@ def test_whole_report(run_dir):
         assert f">{text}<" in page.html
     assert ">low 25<" not in page.html
     assert ">5 of 8.5 points<" in page.html
+
+
+def test_criteria_axes_and_the_samples_on_which_judges_differ(tmp_path):
+    rows = [sample(step, 0.5, f"answer {step}") for step in range(1, 14)]
+    for step, row in enumerate(rows, start=1):
+        for item in row["criteria"]:
+            item["tags"] = ["axis:accuracy"]
+            item |= {"teacher": item["verdict"], "frozen": item["verdict"]}
+        if step > 2:
+            row["criteria"][0] |= {"frozen": False, "frozen_explanation": "It says nothing of a time."}
+    RunLog(tmp_path).write(1, METRICS, rows)
+    page = Page(write_report(tmp_path))
+    assert page.headings == [*CHARTS[:-1], "Score by axis"]
+    assert "accuracy: 0.59 at step 1" in page.html  # 5 of 8.5 points of readable verdicts
+    differing = page.html[
+        page.html.index(">Where judges differ most<") : page.html.index(">Training samples<")
+    ]
+    assert differing.count("<b>frozen: not met</b> It says nothing of a time.") == 10
+    (criterion,) = re.findall(r">Names a time</div></th>(.*?)</tr>", page.html, re.DOTALL)
+    assert re.findall("<td>(.*?)</td>", criterion) == ["13", "100%", "100%", "0%", "15%", "100%", "–"]
+
+
+def test_the_report_links_to_the_viewer_s_export_where_there_is_one(run_dir):
+    assert "view/index.html" not in Page(write_report(run_dir)).html
+    (run_dir / "view").mkdir()
+    (run_dir / "view/index.html").touch()
+    assert '<a href="view/index.html">' in Page(write_report(run_dir)).html
 
 
 def test_report_asks_nothing_of_the_network_and_ids_are_unique(run_dir):
