@@ -1,10 +1,12 @@
 """`srrl view --export`: the page as files that open without a server."""
 
 import json
+from itertools import groupby, islice
 from pathlib import Path
 
 from srrl_jax import storage
-from srrl_jax.viewer.index import Index
+from srrl_jax.telemetry.run_log import iter_jsonl
+from srrl_jax.viewer.index import BATCH, Index, clean
 from srrl_jax.viewer.queries import QUERIES, ROW
 
 STATIC = Path(__file__).parent / "static"
@@ -41,21 +43,24 @@ def export(index: Index, out: str) -> Path:
         ],
     }
     (folder / "data.js").write_bytes(f"const EXPORT = {_js(answers)};\n".encode())
-    for number in range(len(names)):
-        rows = index.ask(f"SELECT {ROW}, criteria FROM samples WHERE run = ? ORDER BY id", [number])
+    for number, run in enumerate(index.runs):
         axes = index.ask("SELECT DISTINCT criterion, axis FROM verdicts WHERE run = ?", [number])
-        listed = {"rows": rows, "axes": {row["criterion"]: row["axis"] for row in axes}}
-        _write(folder, f"samples-{number}.js", listed)
-        steps: dict[int, list[int]] = {}
-        for row in rows:
-            steps.setdefault(row["step"], []).append(row["id"])
-        for step, ids in steps.items():
-            _write(folder, f"steps/{number}-{step}.js", {id: index.row(number, id) for id in ids})
+        name = f"samples-{number}.js"
+        with (folder / name).open("wb") as file:
+            axis_of = {row["criterion"]: row["axis"] for row in axes}
+            file.write(f"ANSWERS[{_js(name)}] = {{axes: {_js(axis_of)}, rows: [\n".encode())
+            for start in range(0, run.samples, BATCH):
+                where = f"run = {number} AND id >= {start} AND id < {start + BATCH} ORDER BY id"
+                rows = index.ask(f"SELECT {ROW}, criteria FROM samples WHERE {where}")
+                file.writelines(f"{_js(row)},\n".encode() for row in rows)
+            file.write(b"]};\n")
+        if run.samples:
+            logged = enumerate(islice(iter_jsonl(run.tail.log), run.samples))
+            for step, rows in groupby(logged, lambda numbered: numbered[1]["step"]):
+                name = f"steps/{number}-{step}.js"
+                whole = {id: clean(row) for id, row in rows}
+                (folder / name).write_bytes(f"ANSWERS[{_js(name)}] = {_js(whole)};\n".encode())
     return folder / "index.html"
-
-
-def _write(folder: Path, name: str, value: object) -> None:
-    (folder / name).write_bytes(f"ANSWERS[{json.dumps(name)}] = {_js(value)};\n".encode())
 
 
 def _js(value: object) -> str:

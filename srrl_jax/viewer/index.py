@@ -5,8 +5,9 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import duckdb
 import pyarrow as pa
@@ -17,22 +18,14 @@ from srrl_jax.errors import InputError
 from srrl_jax.telemetry.run_log import iter_jsonl
 
 BATCH = 1000  # samples of one insert
-LOGS = (
-    "metrics.jsonl",
-    "timings.jsonl",
-    "events.jsonl",
-    "labels.jsonl",
-)  # small: read again when they change
+LOGS = [f"{name}.jsonl" for name in ("metrics", "timings", "events", "labels")]  # small: not kept here
 JUDGES = ("self", "frozen", "teacher")
 
 _MARK = {True: "1", False: "0", None: "?"}
 # `self`, `frozen` and `teacher` of a sample hold one mark a criterion, NULL where that judge did not grade.
 # The whole row stays in the log, `size` bytes from `start` of its part; a search looks through `text`.
 _SAMPLES = pa.schema(
-    [
-        (name, pa.int64())
-        for name in ("run", "id", "step", "sample", "tokens", "differ", "part", "start", "size")
-    ]
+    [(name, pa.int64()) for name in "run id step sample tokens differ part start size".split()]
     + [(name, pa.string()) for name in ("split", "prompt_id", "theme", *JUDGES, "head", "text")]
     + [(name, pa.list_(pa.string())) for name in ("criteria", "axes")]
     + [("points", pa.list_(pa.float64())), ("truncated", pa.bool_())]
@@ -61,11 +54,13 @@ class Tail:
         self.log = log
         self.parts: list[epath.Path] = []
         self.ends: list[int] = []  # bytes read of each part
+        self.size = 0
         self.last = (0, b"")  # where the last line of the last part began, and what it was
 
     def lines(self) -> Iterator[tuple[int, int, bytes]]:
         """(part, offset, line) of each new line. Raises Rewound where what was read is no longer there."""
         parts = storage.parts(self.log)
+        self.size = _size(parts)
         if parts[: len(self.parts)] != self.parts:
             raise Rewound
         for number, part in enumerate(parts):
@@ -106,17 +101,17 @@ class Run:
     @property
     def progress(self) -> float:
         """The share of samples.jsonl that has been read."""
-        total = sum(part.stat().length for part in storage.parts(self.tail.log))
-        return sum(self.tail.ends) / total if total else 1.0
+        done = len(self.tail.parts) if storage.is_remote(self.folder) else sum(self.tail.ends)
+        return done / self.tail.size if self.tail.size else 1.0
 
     def logs_changed(self) -> bool:
-        sizes = [sum(part.stat().length for part in storage.parts(self.folder / log)) for log in LOGS]
+        sizes = [_size(storage.parts(self.folder / log)) for log in LOGS]
         changed, self.logs = sizes != self.logs, sizes
         return changed
 
     def events(self) -> list[dict]:
         path = self.folder / "events.jsonl"
-        return [_clean(event) for event in iter_jsonl(path)] if storage.parts(path) else []
+        return [clean(event) for event in iter_jsonl(path)] if storage.parts(path) else []
 
 
 class Index:
@@ -145,6 +140,7 @@ class Index:
         }
         self._database = duckdb.connect(f"{self._folder.name}/index.duckdb", config=settings)
         self._lock = threading.Lock()  # of `refresh`
+        self._closing = False
         for name, schema in _TABLES.items():
             self._database.register("new", schema.empty_table())
             self._database.execute(f"CREATE TABLE {name} AS FROM new")
@@ -153,8 +149,10 @@ class Index:
         self._prompts: set[str] = set()
 
     def close(self) -> None:
-        self._database.close()
-        self._folder.cleanup()
+        self._closing = True
+        with self._lock:
+            self._database.close()
+            self._folder.cleanup()
 
     def __enter__(self) -> "Index":
         self.refresh()
@@ -191,7 +189,8 @@ class Index:
             before = sum(run.samples for run in self.runs)
             for number, run in enumerate(self.runs):
                 try:
-                    for batch in _batches(run.tail.lines()):
+                    lines = run.tail.lines()
+                    while not self._closing and (batch := list(islice(lines, BATCH))):
                         self._insert(number, run, batch)
                 except Rewound:
                     for table in ("samples", "verdicts"):
@@ -213,32 +212,12 @@ class Index:
                 text = "\n".join(turn["content"] for turn in row["prompt"])
                 head = row["prompt"][-1]["content"][:200]
                 tables["prompts"].append({"prompt_id": row["prompt_id"], "text": text, "head": head})
-            criteria = row["criteria"]
-            for text in [c["criterion"] for c in criteria]:
+            for text in [item["criterion"] for item in row["criteria"]]:
                 if text not in self._criteria:
                     self._criteria[text] = criterion_key(text)
                     tables["criteria"].append({"criterion": self._criteria[text], "text": text})
-            marks = {"self": "".join([_MARK[c["verdict"]] for c in criteria])} | {
-                name: "".join([_MARK[c.get(name)] for c in criteria])
-                for name in JUDGES[1:]
-                if criteria and name in criteria[0]
-            }
-            texts = [row["completion"], *(c["explanation"] for c in criteria)]
-            tables["samples"].append(
-                {name: row[name] for name in _LOGGED}
-                | marks
-                | {"run": number, "id": id, "part": part, "start": at, "size": len(line)}
-                | {"criteria": [self._criteria[c["criterion"]] for c in criteria]}
-                | {"axes": [_tag("axis:", c.get("tags")) for c in criteria]}
-                | {"points": [c["points"] for c in criteria]}
-                | {
-                    "differ": sum(
-                        "0" in given and "1" in given for given in zip(*marks.values(), strict=True)
-                    )
-                }
-                | {"theme": _tag("theme:", row.get("example_tags")), "head": row["response"][:200]}
-                | {"text": "\n".join(texts).lower()}
-            )
+            place = {"run": number, "id": id, "part": part, "start": at, "size": len(line)}
+            tables["samples"].append(place | _columns(row, self._criteria))
         with self._database.cursor() as cursor:
             cursor.execute("BEGIN")
             for name, rows in tables.items():
@@ -255,15 +234,32 @@ def criterion_key(text: str) -> str:
     return blake2b(text.encode(), digest_size=5).hexdigest()
 
 
-def _batches(lines: Iterator) -> Iterator[list]:
-    batch = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _columns(row: dict, keys: Mapping[str, str]) -> dict:
+    """What `samples` holds of a row, its place in the log apart."""
+    criteria = row["criteria"]
+    others = [name for name in JUDGES[1:] if criteria and name in criteria[0]]
+    marks = {"self": "".join([_MARK[item["verdict"]] for item in criteria])}
+    marks |= {name: "".join([_MARK[item.get(name)] for item in criteria]) for name in others}
+    texts = [row["completion"], *(item["explanation"] for item in criteria)]
+    return (
+        {name: row[name] for name in _LOGGED}
+        | marks
+        | {
+            "criteria": [keys[item["criterion"]] for item in criteria],
+            "axes": [_tag("axis:", item.get("tags")) for item in criteria],
+            "points": [item["points"] for item in criteria],
+            "differ": sum("0" in given and "1" in given for given in zip(*marks.values(), strict=True)),
+            "theme": _tag("theme:", row.get("example_tags")),
+            "head": row["response"][:200],
+            "text": "\n".join(texts).lower(),
+        }
+    )
+
+
+def _size(parts: Sequence[epath.Path]) -> int:
+    """Bytes of a log on a disk; in a store, where each object is written once, the number of them."""
+    remote = bool(parts) and storage.is_remote(parts[0])
+    return len(parts) if remote else sum(part.stat().length for part in parts)
 
 
 def _tag(kind: str, tags: Sequence[str] | None) -> str:
@@ -271,17 +267,17 @@ def _tag(kind: str, tags: Sequence[str] | None) -> str:
 
 
 def _read(line: bytes) -> dict:
-    """A row, without halves of surrogate pairs, which UTF-8 cannot hold."""
     row = json.loads(line)
-    return _clean(row) if b"\\ud" in line or b"\\uD" in line else row
+    return clean(row) if b"\\ud" in line or b"\\uD" in line else row
 
 
-def _clean(value):
+def clean(value):
+    """A JSON value without halves of surrogate pairs, which UTF-8 cannot hold."""
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value
+        return {key: clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, list) else value
 
 
 def _finite(value):

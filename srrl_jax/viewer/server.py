@@ -1,6 +1,7 @@
 """The page of `srrl view` on loopback, and its questions as JSON."""
 
 import secrets
+import socket
 import threading
 from pathlib import Path
 
@@ -13,14 +14,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.viewer.index import Index
 from srrl_jax.viewer.labels import mark
 from srrl_jax.viewer.queries import QUERIES
 
 STATIC = Path(__file__).parent / "static"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SECONDS = 1.0  # between two looks at the logs
+LOOPBACK = ("127.0.0.1", "localhost")
+SECONDS, SECONDS_STORE = (
+    1.0,
+    10.0,
+)  # between two looks at logs on a disk and in a store, which lists its objects
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -60,8 +65,8 @@ class Guard:
         return await answer(scope, receive, with_headers)
 
 
-def make_app(index: Index, token: str = "", hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
-    """The page and its questions; answers only requests that name one of `hosts`, against DNS rebinding."""
+def make_app(index: Index, token: str = "") -> Starlette:
+    """The page and its questions; without a token only for requests that name loopback: no DNS rebinding."""
 
     def ask(request: Request) -> JSONResponse:
         question = QUERIES.get(request.path_params["question"])
@@ -87,7 +92,8 @@ def make_app(index: Index, token: str = "", hosts: tuple[str, ...] = LOOPBACK) -
         Route("/api/{question}", ask),
         Mount("/", StaticFiles(directory=STATIC, html=True)),
     ]
-    guards = [Middleware(Guard, token=token), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
+    hosts = ["*"] if token else list(LOOPBACK)
+    guards = [Middleware(Guard, token=token), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     return Starlette(routes=routes, middleware=guards)
 
 
@@ -99,21 +105,32 @@ def follow(index: Index, stop: threading.Event) -> None:
         except Exception as error:  # which the page shows
             index.fault = f"reading stopped: {error}"
             raise
-        stop.wait(SECONDS)
+        remote = any(storage.is_remote(run.folder) for run in index.runs)
+        stop.wait(SECONDS_STORE if remote else SECONDS)
 
 
 def serve(index: Index, host: str, port: int) -> None:
-    """Shows the page until it is interrupted. Off loopback it asks for a token, which it prints."""
+    """Shows the page until it is interrupted. Off loopback it asks for a token, which it prints.
+
+    Raises:
+      InputError: the port cannot be had.
+    """
+    try:
+        listening = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}, port {port} ({error}): give another --port") from None
     token = "" if host in LOOPBACK else secrets.token_urlsafe(24)
-    app = make_app(index, token, LOOPBACK if host in LOOPBACK else ("*",))
+    app = make_app(index, token)
     stop = threading.Event()
     reader = threading.Thread(target=follow, args=(index, stop), daemon=True)
     reader.start()
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
     print(f"{address}{f'?token={token}' if token else ''}  (stop with Ctrl-C)", flush=True)
     try:
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
     finally:
         stop.set()
-        reader.join()
         index.close()
+        reader.join()
