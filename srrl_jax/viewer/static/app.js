@@ -2,12 +2,13 @@
 "use strict";
 
 const VIEWS = { overview, samples, criteria, compare, label };
-const KEYS = {}; // of the view that is shown
+let KEYS = {}; // of the view that is shown
 let RUNS = [], version = -1, drawing = 0, shownView = "";
 
 async function ask(question, params = {}) {
   if (EXPORT) return offline(question, params);
-  const answer = await fetch(`api/${question}?${new URLSearchParams(Object.entries(params).filter(([, value]) => value !== undefined && value !== ""))}`);
+  const given = Object.entries(params).filter(([, value]) => value !== undefined && value !== "");
+  const answer = await fetch(`api/${question}?${new URLSearchParams(given)}`);
   const data = await answer.json();
   if (!answer.ok) throw new Error(data.error);
   return data;
@@ -21,21 +22,25 @@ async function post(body) {
 async function render() {
   const mine = ++drawing, { view, params } = here(), main = document.getElementById("main");
   if (!VIEWS[view]) return go("#overview");
-  for (const key of Object.keys(KEYS)) delete KEYS[key];
+  KEYS = {};
   const names = RUNS.map((run) => run.name);
-  document.getElementById("run").replaceChildren(...names.map((name) => h("option", { value: name, selected: name === (params.run || names[0]) }, name)));
-  document.getElementById("tabs").replaceChildren(...Object.keys(VIEWS).map((name, i) =>
-    h("a", { href: link(name, { run: params.run }), class: name === view ? "on" : "", "aria-current": name === view && "page", title: `key ${i + 1}` }, name[0].toUpperCase() + name.slice(1))));
+  document.getElementById("run").replaceChildren(...names.map((name) =>
+    h("option", { value: name, selected: name === (params.run || names[0]) }, name)));
+  document.getElementById("tabs").replaceChildren(...Object.keys(VIEWS).map((name, i) => {
+    const shown = name === view, title = name[0].toUpperCase() + name.slice(1);
+    return h("a", { href: link(name, { run: params.run }), class: shown && "on", "aria-current": shown && "page", title: `key ${i + 1}` }, title);
+  }));
   document.title = `${view}, ${params.run || names[0]}`;
   let node;
   try {
     node = await VIEWS[view](params);
   } catch (error) {
-    node = h("div", { class: "empty", role: "alert" }, h("h2", {}, "That did not work"), h("p", {}, error.message));
+    node = h("div.empty", { role: "alert" }, h("h2", "That did not work"), h("p", error.message));
   }
   if (mine !== drawing) return; // another drawing has begun meanwhile
-  const focus = document.activeElement && document.activeElement.id, scrolls = [...main.querySelectorAll(".list, .detail")].map((part) => part.scrollTop);
+  const focus = document.activeElement?.id, scrolls = [...main.querySelectorAll(".list, .detail")].map((part) => part.scrollTop);
   main.replaceChildren(node);
+  KEYS = node.keys || {};
   if (focus) document.getElementById(focus)?.focus();
   if (shownView === view) main.querySelectorAll(".list, .detail").forEach((part, i) => { part.scrollTop = scrolls[i] || 0; });
   else window.scrollTo(0, 0);
@@ -69,7 +74,10 @@ function step(by) {
   if (next) go(next.dataset.open);
 }
 
-const HELP = [["1 to 5", "Overview, Samples, Criteria, Compare, Label"], ["j k", "next, previous sample"], ["/", "search text"], ["Esc", "close the sample"], ["y n u", "the verdict is right, wrong, unsure"], ["?", "these keys"]];
+const HELP = {
+  "1 to 5": "Overview, Samples, Criteria, Compare, Label", "j k": "next, previous sample", "/": "search text",
+  Esc: "close the sample", "y n u": "the verdict is right, wrong, unsure", "?": "these keys",
+};
 
 addEventListener("hashchange", render);
 addEventListener("keydown", (event) => {
@@ -92,5 +100,7 @@ document.addEventListener("click", (event) => {
 });
 document.getElementById("run").addEventListener("change", (event) => go(link(here().view, { run: event.target.value })));
 document.getElementById("keys").addEventListener("click", () => document.getElementById("help").showModal());
-document.getElementById("help").append(h("h2", {}, "Keys"), h("dl", {}, HELP.map(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)])), h("form", { method: "dialog" }, h("button", {}, "Close")));
+document.getElementById("help").append(h("h2", "Keys"),
+  h("dl", Object.entries(HELP).map(([key, what]) => [h("dt", h("kbd", key)), h("dd", what)])),
+  h("form", { method: "dialog" }, h("button", "Close")));
 follow();

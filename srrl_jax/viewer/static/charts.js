@@ -33,18 +33,20 @@ function lineChart(title, note, lines, fraction = false) {
       return [step, part.reduce((sum, p) => sum + p[1], 0) / part.length];
     });
   };
-  const cursor = h("line", { class: "cursor", y1: top, y2: height - bottom, x1: -9, x2: -9 });
-  const values = lines.map((line) => h("b", {}, number(line.points.at(-1)[1])));
-  const when = h("span", { class: "muted" });
+  const cursor = h("line.cursor", { y1: top, y2: height - bottom, x1: -9, x2: -9 });
+  const values = lines.map((line) => h("b", number(line.points.at(-1)[1])));
+  const when = h("span.muted");
   const svg = h("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" },
     ticks(y0, y1, 4).map((at) => [
-      h("line", { class: "grid", x1: left, x2: width - right, y1: y(at), y2: y(at) }),
+      h("line.grid", { x1: left, x2: width - right, y1: y(at), y2: y(at) }),
       h("text", { x: left - 6, y: y(at) + 4, "text-anchor": "end" }, String(at).replace("-", "−"))]),
     ticks(x0, x1, 6).filter(Number.isInteger).map((at) => h("text", { x: x(at), y: height - 5, "text-anchor": "middle" }, String(at))),
-    lines.map((line) => line.points.length > 40
-      ? [h("path", { class: `line s${line.colour % COLOURS} faint`, d: path(line.points) }), h("path", { class: `line s${line.colour % COLOURS}`, d: path(means(line.points)) })]
-      : [h("path", { class: `line s${line.colour % COLOURS}`, d: path(line.points) }),
-        line.points.length < 16 && line.points.map((p) => h("circle", { class: `dot s${line.colour % COLOURS}`, cx: x(p[0]), cy: y(p[1]), r: 2.6 }))]),
+    lines.map((line) => {
+      const colour = `s${line.colour % COLOURS}`, points = line.points, dots = points.length < 16 ? points : [];
+      return [points.length > 40 && h("path", { class: `line faint ${colour}`, d: path(points) }),
+        h("path", { class: `line ${colour}`, d: path(points.length > 40 ? means(points) : points) }),
+        dots.map((point) => h("circle", { class: `dot ${colour}`, cx: x(point[0]), cy: y(point[1]), r: 2.6 }))];
+    }),
     cursor);
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
@@ -65,10 +67,11 @@ function lineChart(title, note, lines, fraction = false) {
     when.textContent = "";
     lines.forEach((line, i) => { values[i].textContent = number(line.points.at(-1)[1]); });
   });
-  const said = lines.map((line) => `${line.label}: ${number(line.points[0][1])} at step ${line.points[0][0]}, ${number(line.points.at(-1)[1])} at step ${line.points.at(-1)[0]}`);
-  return h("figure", { class: "panel" },
-    h("figcaption", {}, h("h3", { title: note }, title), when),
-    h("ul", { class: "legend" }, lines.map((line, i) => h("li", { class: `s${line.colour % COLOURS}` }, line.label, " ", values[i]))),
+  const ends = (line) => [line.points[0], line.points.at(-1)].map(([step, value]) => `${number(value)} at step ${step}`);
+  const said = lines.map((line) => `${line.label}: ${ends(line).join(", ")}`);
+  return h("figure.panel",
+    h("figcaption", h("h3", { title: note }, title), when),
+    h("ul.legend", lines.map((line, i) => h("li", { class: `s${line.colour % COLOURS}` }, line.label, " ", values[i]))),
     h("div", { role: "img", "aria-label": `${title}. ${said.join("; ")}.` }, svg));
 }
 
@@ -77,5 +80,5 @@ function spark(curve) {
   if (!curve || curve.length < 2) return "";
   const last = curve.at(-1)[0] || 1;
   const d = "M" + curve.map(([bin, value]) => `${(bin / last * 70 + 2).toFixed(1)},${(16 - value * 14).toFixed(1)}`).join("L");
-  return h("svg", { class: "spark", viewBox: "0 0 74 18", "aria-hidden": "true" }, h("path", { class: "line s0", d }));
+  return h("svg.spark", { viewBox: "0 0 74 18", "aria-hidden": "true" }, h("path.line.s0", { d }));
 }

@@ -1,10 +1,13 @@
 // Elements, links and numbers. Text goes in as text nodes alone: nothing that a model wrote is ever parsed.
 "use strict";
 
-function h(tag, attributes, ...children) {
+// h("tag.class.class", { attribute: value, onEVENT: function }, child, [child, ...], ...); attributes may be left out.
+function h(what, ...children) {
+  const [tag, ...classes] = what.split("."), attributes = children[0]?.constructor === Object ? children.shift() : {};
   const svg = ["svg", "path", "line", "text", "circle", "g", "rect"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
+  if (classes.length) node.setAttribute("class", classes.join(" "));
+  for (const [name, value] of Object.entries(attributes)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value" || name === "selected") node[name] = value;
@@ -40,20 +43,20 @@ const number = (value) => {
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 const percent = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)}%`);
 
-const empty = (title, text) => h("div", { class: "empty" }, h("h2", {}, title), h("p", {}, text));
+const empty = (title, text) => h("div.empty", h("h2", title), h("p", text));
 
 // Controls whose value is a parameter of the address.
 function choose(name, label, options, shown = (option) => option, none = "any") {
   const now = here().params[name] || "";
   const all = now && !options.includes(now) ? [now, ...options] : options;
-  return h("label", {}, h("span", {}, label),
+  return h("label", h("span", label),
     h("select", { id: `f-${name}`, onchange: (event) => go(change({ [name]: event.target.value, page: "", open: "", beside: "", k: "" })) },
       h("option", { value: "" }, none),
       all.map((option) => h("option", { value: option, selected: option === now }, shown(option)))));
 }
 
 function type(name, label, hint, size = 8) {
-  return h("label", {}, h("span", {}, label),
+  return h("label", h("span", label),
     h("input", { id: `f-${name}`, value: here().params[name] || "", placeholder: hint, size, autocomplete: "off",
       onchange: (event) => go(change({ [name]: event.target.value.trim(), page: "", open: "", beside: "", k: "" })) }));
 }
@@ -65,7 +68,7 @@ function table(columns, rows, { sort, attributes = () => ({}) }) {
     const name = sort === undefined || !key ? head : h("a", { href: change({ sort: sort === `-${key}` ? key : `-${key}`, page: "" }) }, head + now);
     return h("th", { title, scope: "col", class: left && left.replace("text", "") }, name);
   });
-  return h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, heads)),
-    h("tbody", {}, rows.map((row) => h("tr", attributes(row),
-      columns.map(([, , , cell, left]) => h("td", { class: left }, (left || "").includes("text") ? h("div", { class: "clamp" }, cell(row)) : cell(row))))))));
+  return h("div.scroll", h("table", h("thead", h("tr", heads)),
+    h("tbody", rows.map((row) => h("tr", attributes(row),
+      columns.map(([, , , cell, left]) => h("td", { class: left }, (left || "").includes("text") ? h("div.clamp", cell(row)) : cell(row))))))));
 }
