@@ -13,7 +13,7 @@ from markupsafe import Markup
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry.charts import SERIES, Panel, Series, line_chart, stacked_chart
-from srrl_jax.telemetry.curves import CHARTS
+from srrl_jax.telemetry.curves import CHARTS, TILES
 from srrl_jax.telemetry.run_log import PHASES, read_metrics
 from srrl_jax.telemetry.text import duration, number, points
 from srrl_jax.viewer.index import Index
@@ -25,25 +25,12 @@ MAX_FOLDED = 12
 """How many of a step's samples are shown folded, beside the best and the worst."""
 CRITERIA, DISAGREEMENTS = 20, 10
 """How many criteria, of those to repair first, and samples, on which judges differ most, are shown."""
-_TILES = {
-    "Self-given reward": "reward/mean",
-    "Held-out, self-graded": "eval/self",
-    "KL to the reference": "kl",
-    "Entropy": "entropy",
-    "Completion length": "completions/mean_length",
-    "Unscorable verdicts": "grader/unscorable",
-    "Tokens per second": "perf/tokens_per_s",
-    "Verdicts per second": "perf/verdicts_per_s",
-    "Update, of the chips' peak": "perf/mfu",
-}
-
-
 _DIFFER = f"""SELECT id FROM samples WHERE differ > 0
 ORDER BY differ DESC, differ / len(criteria) DESC, id DESC LIMIT {DISAGREEMENTS}"""
 
 
 @dataclass(frozen=True)
-class Chart:
+class Drawing:
     title: str
     note: str
     legend: list[Series]
@@ -169,7 +156,7 @@ def _series(metrics: list[dict], key: str, label: str, colour: int = 0) -> list[
 def _tiles(metrics: list[dict]) -> list[dict]:
     """Key numbers: the mean over the last tenth of the run, and over the first for comparison."""
     tiles = []
-    for label, key in _TILES.items():
+    for key, label in TILES.items():
         for series in _series(metrics, key, label):
             values = [value for _, value in series.points]
             tenth = max(1, len(values) // 10)
@@ -178,7 +165,7 @@ def _tiles(metrics: list[dict]) -> list[dict]:
     return tiles
 
 
-def _charts(metrics: list[dict], axes: Curves, curves: Curves) -> list[Chart]:
+def _charts(metrics: list[dict], axes: Curves, curves: Curves) -> list[Drawing]:
     """Those of the table whose metrics were logged, the axes' scores and the seconds of each phase."""
     charts = []
     for title, note, panels in CHARTS:
@@ -203,7 +190,7 @@ def _charts(metrics: list[dict], axes: Curves, curves: Curves) -> list[Chart]:
     if times:
         svg, remark = stacked_chart(times, 1060, 260)
         note = f"Seconds of each phase, stacked. {remark}".strip()
-        charts.append(Chart("Time", note, times, Markup(svg), wide=True))
+        charts.append(Drawing("Time", note, times, Markup(svg), wide=True))
     return charts
 
 
@@ -223,14 +210,14 @@ def _lines(curves: Curves, first: int) -> list[Series]:
     return [Series(label, curve, (first + i) % len(SERIES)) for i, (label, curve) in enumerate(drawn)]
 
 
-def _line_chart(title: str, note: str, panels: list[Panel], wide: bool = False) -> list[Chart]:
+def _line_chart(title: str, note: str, panels: list[Panel], wide: bool = False) -> list[Drawing]:
     """A list of one chart, or of none where no panel has a series."""
     panels = [panel for panel in panels if panel.series]
     if not panels:
         return []
     width, height = (1060, 360) if wide else (520, 340)
     svg = Markup(line_chart(panels, width, height))  # our own drawing, no text of the run in it
-    return [Chart(title, note, [line for panel in panels for line in panel.series], svg, wide)]
+    return [Drawing(title, note, [line for panel in panels for line in panel.series], svg, wide)]
 
 
 def _steps(index: Index, split: str) -> list[dict]:

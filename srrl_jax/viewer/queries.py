@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import yaml
 
 from srrl_jax.errors import InputError
-from srrl_jax.telemetry.curves import CHARTS
+from srrl_jax.telemetry.curves import CHARTS, TILES
 from srrl_jax.telemetry.run_log import PHASES, read_metrics
 from srrl_jax.viewer.index import JUDGES, Index
 from srrl_jax.viewer.labels import read_labels, scores
@@ -67,6 +67,7 @@ def overview(index: Index, params: Params) -> dict:
     warned = dict.fromkeys((e["step"], e["message"]) for e in events if e["event"] == "warning")
     return {
         "charts": CHARTS,
+        "tiles": TILES,
         "curves": curves | axis_curves(index, number),
         "warnings": list(warned),
         "last": next((e for e in reversed(events) if e["event"] != "warning"), None),

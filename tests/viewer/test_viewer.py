@@ -398,10 +398,12 @@ def test_labels_go_to_a_file_that_meta_evaluate_reads_and_score_the_judges(page,
 def test_the_page_grows_with_the_run(page, run):
     serving = Served([run])
     try:
-        show(page, serving.url, "samples")
+        show(page, serving.url, "samples?open=1")
+        page.locator("summary").click()
         write_step(run, 3)
         serving.index.refresh()
         page.wait_for_selector("tbody tr:nth-child(24)")
+        assert page.locator("details").get_attribute("open") is not None  # nor does it shut what is read
         assert rows_of(page)[0].startswith("3") and "24 samples" in page.inner_text("#status")
     finally:
         serving.close()

@@ -38,9 +38,11 @@ async function render() {
     node = h("div.empty", { role: "alert" }, h("h2", "That did not work"), h("p", error.message));
   }
   if (mine !== drawing) return; // another drawing has begun meanwhile
+  const same = main.dataset.drawn === location.hash, open = [...main.querySelectorAll("details")].map((part) => part.open);
   const focus = document.activeElement?.id, scrolls = [...main.querySelectorAll(".list, .detail")].map((part) => part.scrollTop);
   main.replaceChildren(node);
   KEYS = node.keys || {};
+  if (same) main.querySelectorAll("details").forEach((part, i) => { part.open = open[i] ?? part.open; });
   if (focus) document.getElementById(focus)?.focus();
   if (shownView === view) main.querySelectorAll(".list, .detail").forEach((part, i) => { part.scrollTop = scrolls[i] || 0; });
   else window.scrollTo(0, 0);
@@ -56,7 +58,7 @@ async function follow() {
     const run = RUNS.find((one) => one.name === here().params.run) || RUNS[0];
     status.textContent = state.fault || (run.progress < 1 ? `reading, ${percent(run.progress)}` : `${run.samples.toLocaleString("en")} samples`);
     status.className = state.fault ? "bad" : EXPORT ? "" : "live";
-    const typing = document.activeElement && document.activeElement.tagName === "INPUT";
+    const typing = document.activeElement?.tagName === "INPUT" || getSelection().toString();
     if (state.version !== version && !typing && !(version >= 0 && here().view === "label")) {
       version = state.version;
       await render();

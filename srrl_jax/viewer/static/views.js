@@ -3,11 +3,6 @@
 
 const VERDICTS = { met: "met", unmet: "not met", unscorable: "unscorable", differ: "judges differ" };
 const STATE = { 1: "met", 0: "unmet", "?": "unscorable" }; // by the mark of a verdict
-const TILES = {
-  "reward/mean": "Self-given reward", "eval/self": "Held-out, self-graded", kl: "KL to the reference", entropy: "Entropy",
-  "completions/mean_length": "Completion length", "grader/unscorable": "Unscorable verdicts",
-  "perf/tokens_per_s": "Tokens per second", "perf/mfu": "Update, of the peak",
-};
 const SORTS = {
   "-step": "step ↓", step: "step ↑", "-reward": "reward ↓", reward: "reward ↑", "-tokens": "length ↓", tokens: "length ↑",
   "-advantage": "advantage ↓", advantage: "advantage ↑", "-differ": "disagreement ↓",
@@ -29,7 +24,7 @@ function pill(verdict, points) {
 async function overview(params) {
   const [data, other] = await Promise.all([ask("overview", params), params.other ? ask("overview", { run: params.other }) : null]);
   const curve = (key) => data.curves[key] || [];
-  const tiles = Object.entries(TILES).filter(([key]) => curve(key).length).map(([key, label]) =>
+  const tiles = Object.entries(data.tiles).filter(([key]) => curve(key).length).map(([key, label]) =>
     h("div.tile.panel", h("span", label), h("b", number(curve(key).at(-1)[1])), h("span", `${number(curve(key)[0][1])} at first`)));
   const lines = (labels) => Object.entries(labels).map(([key, label], colour) => ({ label, colour, points: curve(key) }));
   const axes = Object.keys(data.curves).filter((key) => key.startsWith("axis/")).map((key) => [key, key.slice(5)]);
