@@ -41,7 +41,7 @@ def state(index: Index, params: Params) -> dict:
 
 
 def options(index: Index, params: Params) -> dict:
-    """What the filters can be set to."""
+    """What the filters can be set to, and the text of the `criterion` that is chosen."""
     run = index.run(params.get("run", ""))
     found = {}
     for name, table in (("split", "samples"), ("theme", "samples"), ("axis", "verdicts")):
@@ -49,7 +49,9 @@ def options(index: Index, params: Params) -> dict:
         found[name] = [row["value"] for row in index.ask(sql, [run])]
     counts = ", ".join(f"count({name}) AS {name}" for name in JUDGES)
     (judges,) = index.ask(f"SELECT {counts} FROM samples WHERE run = ?", [run])
-    return found | {"judges": [name for name, n in judges.items() if n]}
+    text = index.ask("SELECT text FROM criteria WHERE criterion = ?", [params.get("criterion", "")])
+    chosen = text[0]["text"] if text else ""
+    return found | {"judges": [name for name, n in judges.items() if n], "criterion": chosen}
 
 
 def overview(index: Index, params: Params) -> dict:

@@ -358,6 +358,7 @@ def test_criteria_sort_and_lead_to_their_samples(page, served):
     page.get_by_role("link", name="Prescribes a drug").click()
     page.wait_for_selector(f'main[data-drawn="#samples?criterion={criterion_key("Prescribes a drug")}"]')
     assert page.locator("tbody tr").count() == 16
+    assert page.locator(".filters .chip").inner_text() == "× Prescribes a drug"
 
 
 def test_runs_are_compared_on_the_prompts_they_share(page, served):

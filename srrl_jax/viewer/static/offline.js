@@ -32,7 +32,11 @@ async function offline(question, params) {
   if (question === "state") return EXPORT.state;
   if (question === "label") return EXPORT.label[number];
   if (question === "compare") return EXPORT.compare[params.split || "eval"];
-  if (question === "options" || question === "overview") return EXPORT[question][number];
+  if (question === "overview") return EXPORT.overview[number];
+  if (question === "options") {
+    const chosen = EXPORT.criteria[number].criterion[""].rows.find((row) => row.name === params.criterion);
+    return { ...EXPORT.options[number], criterion: chosen ? chosen.text : "" };
+  }
   if (question === "criteria") return EXPORT.criteria[number][params.by || "criterion"][params.split || ""];
   const { rows, axes } = await load(`samples-${number}.js`);
   const whole = async (row) => (await load(`steps/${number}-${row.step}.js`))[row.id];

@@ -77,16 +77,16 @@ function recipe(mine, other, params) {
 // Samples
 
 async function filters(params, sorted) {
-  const known = await ask("options", { run: params.run });
-  const chip = (name) => params[name] && h("a.chip", { href: change({ [name]: "", page: "", open: "", beside: "" }), title: "Remove this filter" },
-    `${name} ${params[name]} ×`);
+  const known = await ask("options", { run: params.run, criterion: params.criterion });
+  const chip = params.criterion && h("a.chip", { href: change({ criterion: "", page: "", open: "", beside: "", k: "" }), title: "Remove this filter" },
+    `× ${known.criterion || params.criterion}`);
   return h("div.filters",
     type("text", "Text", "in prompt, answer, reasons", 20), type("step", "Step", "3 or 1..9", 6),
-    choose("split", "Split", known.split), type("reward", "Reward", "0.2..0.6", 7),
+    choose("split", "Split", known.split), type("prompt", "Prompt", "its id", 7), type("reward", "Reward", "0.2..0.6", 7),
     type("tokens", "Length", "..200", 6), choose("truncated", "Truncated", ["yes", "no"]),
     known.theme.length > 0 && choose("theme", "Theme", known.theme), known.axis.length > 0 && choose("axis", "Axis", known.axis),
     choose("verdict", "Verdict", Object.keys(VERDICTS), (key) => VERDICTS[key]),
-    sorted && choose("sort", "Sort", Object.keys(SORTS), (key) => SORTS[key] || key, "newest"), chip("prompt"), chip("criterion"));
+    sorted && choose("sort", "Sort", Object.keys(SORTS), (key) => SORTS[key] || key, "newest"), chip);
 }
 
 function strip(row) {
