@@ -31,7 +31,7 @@ app.command("view")(view)
 
 # Options that several commands have.
 Seed = Annotated[int, typer.Option(min=0)]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the computation.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the computation.")]
 Template = Annotated[
     str, typer.Option(help="shared, healthbench, or a file: simple-evals' healthbench_eval.py is one.")
 ]
@@ -42,9 +42,17 @@ Verdict = Annotated[
 Votes = Annotated[int, typer.Option(min=1, help="Replies or draws for each criterion; odd.")]
 Together = Annotated[bool, typer.Option(help="All criteria of a rubric in one query.")]
 Tries = Annotated[int, typer.Option(min=1, help="Replies before a verdict is unscorable.")]
-VerdictTokens = Annotated[int, typer.Option(min=1, help="Of a verdict.")]
+VerdictTokens = Annotated[int, typer.Option(min=1, help="Most tokens of a verdict.")]
 GraderThinks = Annotated[bool, typer.Option(help="Let the grader think.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="The first rows alone.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="NAME=FIELD",
+        help="What the rows call prompt, rubrics, criterion or points, e.g. prompt=question.",
+    ),
+]
 
 
 @app.command("train")
@@ -54,13 +62,13 @@ def _train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. steps=10 data.train=rows.jsonl")
     ] = None,
     coordinator: Annotated[
-        str | None, typer.Option(envvar="SRRL_COORDINATOR", metavar="HOST:PORT", help="Of process 0.")
+        str | None, typer.Option(envvar="SRRL_COORDINATOR", metavar="HOST:PORT", help="Address of process 0.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(envvar="SRRL_PROCESSES", help="How many there are.")
+        int | None, typer.Option(envvar="SRRL_PROCESSES", help="Number of processes.")
     ] = None,
     process: Annotated[
-        int | None, typer.Option(envvar="SRRL_PROCESS", help="Which one this is, from 0.")
+        int | None, typer.Option(envvar="SRRL_PROCESS", help="Number of this process, from 0.")
     ] = None,
 ) -> None:
     """Train by self-rewarding GRPO; on an existing run directory, resume.
@@ -89,9 +97,13 @@ def _plan(
     slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis slice.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     cache: Annotated[bool, typer.Option(help="Keep what was compiled, for the next plan.")] = True,
-    completion: Annotated[float | None, typer.Option(help="Mean tokens; half of the limit.")] = None,
-    verdict: Annotated[float | None, typer.Option(help="Mean tokens of a reply; half of the limit.")] = None,
-    criteria: Annotated[float, typer.Option(help="Mean number of a row.")] = 12,
+    completion: Annotated[
+        float | None, typer.Option(help="Mean tokens of a completion; by default half of the limit.")
+    ] = None,
+    verdict: Annotated[
+        float | None, typer.Option(help="Mean tokens of the grader's reply; by default half of the limit.")
+    ] = None,
+    criteria: Annotated[float, typer.Option(help="Mean number of criteria of a row.")] = 12,
     tries: Annotated[float, typer.Option(help="Mean replies to a criterion.")] = 1,
 ) -> None:
     """Compile a recipe for devices that are not here: does it fit (else exit code 1), how long is it?"""
@@ -134,9 +146,9 @@ def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) ->
 def _export(
     run_dir: Annotated[str, typer.Argument(help="A run directory.")],
     out: Annotated[str, typer.Argument(help="The directory to write.")],
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest by default.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the files.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights in the files.")
     ] = "float32",
 ) -> None:
     """Write the trained model as a directory that transformers loads."""
@@ -169,11 +181,12 @@ def _replay(
 
 @data_app.command("check")
 def _check(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows: .jsonl or another source.")],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file of rows, a directory, or a hub id.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer measures.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt, as rendered.")] = None,
     max_points: Annotated[float, typer.Option(help="Most points of a criterion, in size.")] = 10,
     thinking: Annotated[bool, typer.Option(help="Render prompts with thinking on.")] = False,
+    field: Fields = None,
 ) -> None:
     """Name every fault of every row and print a profile; exit code 1 when there is any fault."""
     from rich.console import Console
@@ -187,6 +200,7 @@ def _check(
         thinking=thinking,
         max_prompt_tokens=max_prompt_tokens,
         max_points=max_points,
+        fields=_fields(field),
     )
     for fault in checked.faults:
         print(fault)
@@ -199,18 +213,29 @@ def _check(
 
 @data_app.command("convert")
 def _convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Rows: .jsonl, .parquet, directory or hub id.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A file of rows, a directory, or a hub id.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new file or directory.")],
     to: Annotated[Literal["jsonl", "tfds"], typer.Option(help="tfds is array_record files.")] = "jsonl",
     minus: Annotated[str | None, typer.Option(help="Rows to leave out, by prompt_id.")] = None,
     where: Annotated[
         list[str] | None, typer.Option(metavar="TAG", help="theme:hedging, axis:accuracy, consensus, ...")
     ] = None,
+    field: Fields = None,
 ) -> None:
     """Write rows in another form, whole or in part: Easy is main --minus hard."""
     from srrl_jax.data.convert import convert
 
-    print(f"{convert(source, out, to, minus=minus, where=where or ())} rows in {out}")
+    rows = convert(source, out, to, minus=minus, where=where or (), fields=_fields(field))
+    print(f"{rows} rows in {out}")
+
+
+def _fields(given: list[str] | None) -> dict[str, str]:
+    from srrl_jax.data.schemas import FIELDS
+
+    fields = dict(pair.partition("=")[::2] for pair in given or ())
+    if unknown := [name for name, value in fields.items() if name not in FIELDS or not value]:
+        raise InputError(f"--field {unknown[0]}: give NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
+    return fields
 
 
 @app.command("sample")
@@ -218,8 +243,8 @@ def _sample(
     model: Annotated[str, typer.Argument(help="Checkpoint: directory or hub id, HF or GGUF.")],
     source: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Rows with `prompt`.")],
     out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="A line of each sample; again resumes.")],
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Of each row.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a completion.")] = 1024,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples of each row.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
     top_k: Seed = 20,
     top_p: Annotated[float, typer.Option()] = 0.95,
@@ -297,15 +322,15 @@ def _evaluate(
     repeats: Annotated[int, typer.Option(min=1, help="Responses to each row.")] = 1,
     where: Annotated[list[str] | None, typer.Option(metavar="TAG", help="As in data convert.")] = None,
     limit: Limit = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a response.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="Of responses.")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of responses.")] = 0.6,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
     verdict: Verdict = "generate",
     votes: Votes = 1,
     together: Together = False,
     template: Template = "shared",
     grader_max_new_tokens: VerdictTokens = 256,
-    grader_temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
+    grader_temperature: Annotated[float, typer.Option(min=0, help="Temperature of verdicts.")] = 0.6,
     grader_thinking: GraderThinks = False,
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
@@ -357,7 +382,7 @@ def _meta_evaluate(
     together: Together = False,
     template: Template = "shared",
     max_new_tokens: VerdictTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Of verdicts.")] = 0.6,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of verdicts.")] = 0.6,
     thinking: GraderThinks = False,
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,

@@ -1,16 +1,17 @@
 """Everything that is wrong with a file of rows, and what is in it."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from srrl_jax.data.sources import Row, read_rows
+from srrl_jax.data.sources import NO_FIELDS, Row, read_example, read_rows
 from srrl_jax.errors import InputError
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.rubrics import Example, row_faults
+from srrl_jax.rubrics import Example
 
 
 class Checked(NamedTuple):
@@ -20,12 +21,14 @@ class Checked(NamedTuple):
       rows: how many were read, good and bad.
       faults: "file:line: field and mend", in order.
       examples: the rows that have the right form, with or without other faults.
+      schemas: how many rows have each schema, by its name.
       prompt_tokens, criterion_tokens: lengths under the tokenizer; empty without one.
     """
 
     rows: int
     faults: list[str]
     examples: list[Example]
+    schemas: Counter[str]
     prompt_tokens: list[int]
     criterion_tokens: list[int]
 
@@ -37,6 +40,7 @@ def check_rows(
     thinking: bool = False,
     max_prompt_tokens: int | None = None,
     max_points: float = 10,
+    fields: Mapping[str, str] = NO_FIELDS,
 ) -> Checked:
     """Checks every row of a source and goes on after a fault.
 
@@ -47,15 +51,16 @@ def check_rows(
     """
     if max_prompt_tokens is not None and tokenizer is None:
         raise InputError("a limit of prompt tokens needs a tokenizer: give the directory of one")
-    checked = Checked(0, [], [], [], [])
+    checked = Checked(0, [], [], Counter(), [], [])
     ids: dict[str, str] = {}
     contents: dict[tuple, str] = {}
     rows = 0
     for row in read_rows(source):
         rows += 1
-        found = [row.fault] if row.fault else row_faults(row.value)
-        if not found:
-            example = Example.from_dict(row.value)
+        example, schema, found = read_example(row, fields)
+        if schema is not None:
+            checked.schemas[schema.name] += 1
+        if example is not None:
             checked.examples.append(example)
             found = [*_repeats(example, row, ids, contents), *_values(example, max_points)]
             if tokenizer is not None:
@@ -145,6 +150,7 @@ def counts(checked: Checked) -> list[str]:
     repeated = sum(len({c.criterion for c in e.rubrics}) < len(e.rubrics) for e in examples)
     roles = Counter(turn["role"] for e in examples for turn in e.prompt)
     return [
+        f"schema: {', '.join(f'{name} {number}' for name, number in checked.schemas.items())}",
         f"criteria: {len(items)}, of them {sum(c.points < 0 for c in items)} with negative points; "
         f"rows that name a criterion twice: {repeated}",
         f"prompts: {len(set(map(_text, examples)))} different ones",

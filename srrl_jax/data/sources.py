@@ -1,20 +1,27 @@
-"""Examples from a JSONL file, a parquet file, a TFDS or `datasets` directory, or the Hub."""
+"""Examples from JSON, CSV and parquet files, a TFDS or `datasets` directory, or the Hub."""
 
+import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
 from srrl_jax import storage
+from srrl_jax.data.schemas import Schema, canonical_row, find_schema, in_words_of
 from srrl_jax.data.tfds import read_tfds
 from srrl_jax.errors import InputError
-from srrl_jax.rubrics import Example
+from srrl_jax.rubrics import Example, row_faults
 
-_HUB_ID = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<split>[\w]+))?")
-_FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|ya?ml|zip|gz)$")
+_HUB_ID = re.compile(
+    r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<config>[\w.-]+)(?=:))?(?::(?P<split>[\w.]+))?"
+)
+_FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|ya?ml|zip|gz|zst)$")
+NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 
 class Row(NamedTuple):
@@ -31,35 +38,49 @@ class Row(NamedTuple):
     fault: str = ""
 
 
-def load_examples(source: str | Path) -> list[Example]:
+def load_examples(source: str | Path, fields: Mapping[str, str] = NO_FIELDS) -> list[Example]:
     """Read every row of a source, in order.
 
-    `source` is a `.jsonl` file in HealthBench's schema, a `.parquet` file, a directory that
-    `srrl_jax.data.write_tfds` or `datasets.save_to_disk` wrote, or a Hub id `owner/name` with an
-    optional `:split` (default train). Files and `datasets` directories may lie on gs:// or s3://.
+    `source` is a `.jsonl`, `.json`, `.csv` or `.parquet` file (those of text also as `.gz` or `.zst`), a
+    directory that `srrl_jax.data.write_tfds` or `datasets.save_to_disk` wrote, or a Hub id `owner/name`
+    with an optional `:split` (default train) or `:config:split`. Files and `datasets` directories may lie on
+    gs:// or s3://. Rows have one of `SCHEMAS`, or the names of fields that `fields` gives, see `find_schema`.
 
     Raises InputError that names the file and line (or the row) and the mend: a source that does
-    not exist, invalid JSON, a row that `Example.from_dict` refuses, a repeated `prompt_id`, no rows.
+    not exist, invalid JSON, a row that cannot be read, a repeated `prompt_id`, no rows.
     """
     examples: list[Example] = []
     seen: dict[str, str] = {}
-    for where, row, fault in read_rows(source):
-        if fault:
-            raise InputError(f"{where}: {fault}")
-        try:
-            example = Example.from_dict(row)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
+    for row in read_rows(source):
+        example, _, faults = read_example(row, fields)
+        if example is None:
+            raise InputError(f"{row.where}: {faults[0]}")
         if example.prompt_id in seen:
             raise InputError(
-                f"{where}: prompt_id {example.prompt_id!r} is already used at "
+                f"{row.where}: prompt_id {example.prompt_id!r} is already used at "
                 f"{seen[example.prompt_id]}: remove one of the rows, or give each its own prompt_id"
             )
-        seen[example.prompt_id] = where
+        seen[example.prompt_id] = row.where
         examples.append(example)
     if not examples:
         raise InputError(f"{source} holds no rows: add at least one")
     return examples
+
+
+def read_example(
+    row: Row, fields: Mapping[str, str] = NO_FIELDS
+) -> tuple[Example | None, Schema | None, list[str]]:
+    """The example of a row, its schema, and all that is wrong with it, in the names of its schema."""
+    if row.fault:
+        return None, None, [row.fault]
+    try:
+        schema = find_schema(row.value, fields)
+    except ValueError as error:
+        return None, None, [str(error)]
+    value = canonical_row(row.value, schema)
+    if faults := row_faults(value):
+        return None, schema, [in_words_of(schema, fault) for fault in faults]
+    return Example.from_dict(value), schema, []
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
@@ -70,12 +91,15 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     source = str(source)
     path = storage.locate(source) if storage.is_remote(source) else epath.Path(source)
     hub_id = _HUB_ID.fullmatch(source)
-    if path.is_file() and path.suffix == ".jsonl":
-        return _jsonl(path)
+    if path.is_file() and (kind := re.search(r"\.(jsonl?|csv)(?:\.(gz|zst))?$", path.name)):
+        read = {"jsonl": _jsonl, "json": _json, "csv": _csv}[kind[1]]
+        return _opened(path, kind[2], read)
     if path.is_file() and path.suffix == ".parquet":
         return _by_datasets(source, lambda datasets: datasets.Dataset.from_parquet(source))
     if path.is_file():
-        raise InputError(f"{source} is neither .jsonl nor .parquet: convert it to one of them")
+        raise InputError(
+            f"{source} is none of .jsonl, .json, .csv (also as .gz or .zst) and .parquet: convert it to one"
+        )
     if (path / "features.json").is_file():
         if storage.is_remote(path):
             raise InputError(
@@ -94,23 +118,66 @@ def read_rows(source: str | Path) -> Iterator[Row]:
             "datasets.save_to_disk wrote it: give a .jsonl or .parquet file in it"
         )
     if hub_id and not _FILE.search(source):
-        name, split = hub_id["name"], hub_id["split"] or "train"
-        return _by_datasets(source, lambda datasets: datasets.load_dataset(name, split=split))
+        name = [part for part in hub_id.group("name", "config") if part]
+        split = hub_id["split"] or "train"
+        return _by_datasets(source, lambda datasets: datasets.load_dataset(*name, split=split))
     raise InputError(f"{source}: no such file or directory; check the path of the rows")
 
 
-def _jsonl(path: epath.Path) -> Iterator[Row]:
+def _opened(path: epath.Path, packed: str | None, read: Callable) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:
-                yield Row(where, None, f"not valid JSON ({error}); write one object a line, in UTF-8")
-                continue
-            if text:
+        if packed is None:
+            yield from read(str(path), file)
+            return
+        import pyarrow as pa
+
+        codec = {"gz": "gzip", "zst": "zstd"}[packed]
+        try:
+            with io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), codec)) as unpacked:
+                yield from read(str(path), unpacked)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be unpacked as {packed} ({error}): fetch it again") from None
+
+
+def _jsonl(path: str, file: BinaryIO) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            row = json.loads(text) if text else None
+        except (ValueError, RecursionError) as error:
+            yield Row(where, None, f"not valid JSON ({error}); write one object a line, in UTF-8")
+            continue
+        if text:
+            yield Row(where, row)
+
+
+def _json(path: str, file: BinaryIO) -> Iterator[Row]:
+    try:
+        rows = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); write a list of objects, in UTF-8") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: must hold a list of rows, not {type(rows).__name__}")
+    return _numbered(path, rows)
+
+
+def _csv(path: str, file: BinaryIO) -> Iterator[Row]:
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                yield Row(
+                    where, None, "has not as many columns as the first line: quote what has commas in it"
+                )
+            else:
                 yield Row(where, row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}:{reader.line_num}: not valid CSV ({error}); write it in UTF-8, with a line of names"
+        ) from None
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:

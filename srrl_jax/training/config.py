@@ -25,6 +25,8 @@ class DataConfig:
       teacher: graded rows that `srrl grade` wrote, of which lessons in grading are made (`lessons.py`).
       teacher_share: lessons among all prompts of a run, from 0 to below 1.
       where: tags of the training rows and criteria to keep (see `srrl_jax.data.select`).
+      fields: what the rows call "prompt", "rubrics", "criterion" and "points", where they have no schema
+        that is known (see `srrl_jax.data.schemas`); for all sources but the teacher's.
     """
 
     train: str
@@ -33,6 +35,9 @@ class DataConfig:
     teacher: str | None = None
     teacher_share: float = 0.0
     where: tuple[str, ...] = ()
+    fields: dict[Literal["prompt", "rubrics", "criterion", "points"], str] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,9 +80,9 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
 
     All are checked against the bucket table.
     """
-    examples = load_examples(config.data.train)
+    examples = load_examples(config.data.train, config.data.fields)
     if config.data.minus is not None:
-        examples = subtract(examples, load_examples(config.data.minus))
+        examples = subtract(examples, load_examples(config.data.minus, config.data.fields))
     examples = select(examples, config.data.where)
     tasks = encode_tasks(examples, config.data.train, tokenizer, config)
     lessons = []
@@ -91,7 +91,7 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
         lessons = load_lessons(config.data.teacher, grader, config, first_row=len(tasks))
     if config.data.eval is None:
         return tasks, lessons, []
-    held_out = load_examples(config.data.eval)
+    held_out = load_examples(config.data.eval, config.data.fields)
     check_disjoint(examples, held_out)
     return tasks, lessons, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
 

@@ -38,7 +38,9 @@ def test_all_faults_of_all_rows_are_named(write):
     path = write(
         row(0),
         '{"prompt": ',
-        row(1, prompt=[{"role": "user"}, "hi"], rubrics=[{"criterion": " ", "points": "5"}], example_tags=3),
+        row(
+            1, prompt=[{"role": "user"}, "hi"], rubrics=[{"criterion": " ", "points": "five"}], example_tags=3
+        ),
         "",
         row(2, rubrics=[{"criterion": "A", "points": -1}]),
         row(0, prompt=[{"role": "user", "content": "another"}]),

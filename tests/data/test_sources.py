@@ -79,9 +79,9 @@ def test_missing_path(source, monkeypatch, tmp_path):
 
 
 def test_sources_of_no_known_kind(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(InputError, match="neither .jsonl nor .parquet"):
-        load_examples(tmp_path / "rows.csv")
+    (tmp_path / "rows.tsv").write_text("a,b\n")
+    with pytest.raises(InputError, match="none of .jsonl"):
+        load_examples(tmp_path / "rows.tsv")
     with pytest.raises(InputError, match="give a .jsonl or .parquet file in it"):
         load_examples(tmp_path)
     with pytest.raises(InputError, match="is a URL: give a path"):
@@ -112,7 +112,7 @@ def test_tfds_refuses_a_directory_in_use(tmp_path):
 
 
 def test_tfds_bad_row_is_named(tmp_path):
-    write_tfds([row(0), {"prompt": []}], tmp_path / "rows")
+    write_tfds([row(0), {"prompt": [], "rubrics": []}], tmp_path / "rows")
     with pytest.raises(InputError, match="rows row 1: `prompt` is empty"):
         load_examples(tmp_path / "rows")
 

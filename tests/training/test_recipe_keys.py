@@ -4,6 +4,7 @@ What each changes in whole runs is tried in test_recipe_runs.py, which is slow.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -163,6 +164,7 @@ KEYS = {
     "data.train": Key(f"{WORLD / 'hard.jsonl'}", rows),
     "data.minus": Key("{rest}", rows),
     "data.where": Key('["theme:3_facts"]', rows),
+    "data.fields": Key("{{prompt: question}}", rows, ("data.train={asked}",)),
     "rollout.thinking": Key("true", rows, ("model={thinking}",)),
     "rollout.max_new_tokens": Key("12", roles, ("rollout.completion_buckets=[{max_new_tokens}]",)),
     "rollout.prompt_buckets": Key("[27, 36]", roles),
@@ -301,8 +303,11 @@ def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
     model.save_pretrained(directory)
     rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
     (directory / "rest.jsonl").write_text("".join(rest))
+    asked = [json.dumps(json.loads(line) | {"question": "hello ."}) + "\n" for line in rest]
+    (directory / "asked.jsonl").write_text("".join(asked))
     return {
         "rest": str(directory / "rest.jsonl"),
+        "asked": str(directory / "asked.jsonl"),
         "thinking": str(asked_to_think),
         "template": str(directory / "template.txt"),
         "random": str(directory),
