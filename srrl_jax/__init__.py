@@ -1,15 +1,52 @@
 """Self-rewarding, rubric-based reinforcement learning for open-ended reasoning, in JAX.
 
-The rooms (`srrl_jax.models`, `.sampling`, `.rubrics`, `.grading`, `.losses`, `.training`, ...) load when they
-are first named, so that `srrl_jax.rubrics` alone does not import JAX.
+    import srrl_jax
+    srrl_jax.train(srrl_jax.TrainConfig.load("demo", ["run_dir=runs/demo"]))
+
+What is used most is here: `train` with `TrainConfig`, `Qwen3`, `Sampler`, `Grader`, and the pure functions of
+`losses`. Each loads when it is first named, and so do the rooms (`srrl_jax.models`, `.rubrics`, ...), so that
+`srrl_jax.rubrics` alone does not import JAX.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["data", "grading", "losses", "models", "parallel", "rubrics", "sampling", "telemetry", "training"]
+if TYPE_CHECKING:
+    from srrl_jax import data, grading, losses, models, parallel, rubrics, sampling, telemetry, training
+    from srrl_jax.grading import Grader
+    from srrl_jax.models import Qwen3
+    from srrl_jax.sampling import Sampler
+    from srrl_jax.training import TrainConfig, train
+
+_ROOMS = ("data", "grading", "losses", "models", "parallel", "rubrics", "sampling", "telemetry", "training")
+_HOMES = {
+    "Grader": "grading",
+    "Qwen3": "models",
+    "Sampler": "sampling",
+    "TrainConfig": "training",
+    "train": "training",
+}
+__all__ = [
+    "Grader",
+    "Qwen3",
+    "Sampler",
+    "TrainConfig",
+    "data",
+    "grading",
+    "losses",
+    "models",
+    "parallel",
+    "rubrics",
+    "sampling",
+    "telemetry",
+    "train",
+    "training",
+]
 
 
 def __getattr__(name: str):
-    if name in __all__:
+    if name in _ROOMS:
         return importlib.import_module(f"srrl_jax.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"srrl_jax.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'srrl_jax' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The `srrl` command."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from srrl_jax.errors import InputError
+from srrl_jax.starting import Json, init, list_recipes
 from srrl_jax.viewer.command import view
 
 if TYPE_CHECKING:
@@ -20,13 +22,30 @@ TPU_FLAGS = "--xla_enable_async_all_gather=true --xla_tpu_enable_async_collectiv
 app = typer.Typer(
     help="Self-rewarding, rubric-based reinforcement learning in JAX.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 data_app = typer.Typer(help="Look at rows, and bring them into another form.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command("view")(view)
+app.command("recipes")(list_recipes)
+app.command("init")(init)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"srrl {version('srrl-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 # Options that several commands have.
@@ -57,7 +76,7 @@ Fields = Annotated[
 
 @app.command("train")
 def _train(
-    config: Annotated[str, typer.Argument(help="A recipe, e.g. configs/demo.yaml.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a recipe by name: see srrl recipes.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. steps=10 data.train=rows.jsonl")
     ] = None,
@@ -89,13 +108,13 @@ def _train(
 
 @app.command("plan")
 def _plan(
-    config: Annotated[str, typer.Argument(help="A recipe, e.g. configs/qwen3_8b_v6e-16.yaml.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a recipe by name: see srrl recipes.")],
     topology: Annotated[str, typer.Option(help="v5p:4x4x4, v6e:4x4, v5e:2x4, h100:4x8 or cpu:8.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis slice.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Json = False,
     cache: Annotated[bool, typer.Option(help="Keep what was compiled, for the next plan.")] = True,
     completion: Annotated[
         float | None, typer.Option(help="Mean tokens of a completion; by default half of the limit.")
@@ -161,6 +180,7 @@ def _export(
 def _replay(
     run_dir: Annotated[str, typer.Argument(help="A run directory.")],
     step: Annotated[int, typer.Option(help="A training step of it, counted from 1.")],
+    as_json: Json = False,
 ) -> None:
     """Compute a step of a run again from its logs, and compare; exit code 1 where something differs."""
     from rich.console import Console
@@ -169,6 +189,9 @@ def _replay(
     from srrl_jax.training.replay import replay
 
     found, start = replay(run_dir, step)
+    if as_json:
+        print(json.dumps([row._asdict() | {"verdict": row.verdict} for row in found], indent=1))
+        raise typer.Exit(int(any(row.verdict == "DIFFERS" for row in found)))
     table = Table(title=f"{run_dir}: step {step}, computed again from step {start}")
     for column in ("", "logged", "replayed", ""):
         table.add_column(column, overflow="fold")
@@ -187,11 +210,12 @@ def _check(
     max_points: Annotated[float, typer.Option(help="Most points of a criterion, in size.")] = 10,
     thinking: Annotated[bool, typer.Option(help="Render prompts with thinking on.")] = False,
     field: Fields = None,
+    as_json: Json = False,
 ) -> None:
     """Name every fault of every row and print a profile; exit code 1 when there is any fault."""
     from rich.console import Console
 
-    from srrl_jax.data.check import check_rows, counts, profile
+    from srrl_jax.data.check import check_rows, counts, profile, summary
     from srrl_jax.models.tokenizer import load_tokenizer
 
     checked = check_rows(
@@ -202,6 +226,9 @@ def _check(
         max_points=max_points,
         fields=_fields(field),
     )
+    if as_json:
+        print(json.dumps(summary(checked), indent=1))
+        raise typer.Exit(1 if checked.faults else 0)
     for fault in checked.faults:
         print(fault)
     if checked.examples:

@@ -76,11 +76,32 @@ def test_rubrics_alone_import_neither_jax_nor_numpy():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_rooms_can_be_reached_from_the_package():
+def test_what_the_package_exports_can_be_reached_from_it():
     import srrl_jax
 
-    for room in srrl_jax.__all__:
-        assert getattr(srrl_jax, room).__name__ == f"srrl_jax.{room}"
+    for name in srrl_jax.__all__:
+        assert getattr(srrl_jax, name).__name__ in (f"srrl_jax.{name}", name)
+
+
+def test_importing_the_package_takes_a_fifth_of_a_second_at_most():
+    script = (
+        "import sys, time; t = time.perf_counter(); import srrl_jax; "
+        "print(time.perf_counter() - t, len(sys.modules))"
+    )
+    seconds, modules = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    assert float(seconds) < 0.2 and int(modules) < 300
+
+
+def test_no_recipe_names_a_path_outside_of_the_package():
+    from srrl_jax.starting import recipes
+
+    assert len(recipes()) > 5
+    for path in recipes().values():
+        for line in path.read_text().splitlines():
+            value = line.partition("#")[0].partition(":")[2].strip()
+            assert not value.startswith(("..", "/", "~")), f"{path}: {line}"
+            if value.startswith("package:"):
+                assert (ROOT / "srrl_jax" / value.removeprefix("package:")).exists(), f"{path}: {line}"
 
 
 def test_the_names_of_the_readme_example_exist():

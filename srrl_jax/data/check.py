@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -12,6 +13,15 @@ from srrl_jax.data.sources import NO_FIELDS, Row, read_example, read_rows
 from srrl_jax.errors import InputError
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example
+
+_FIGURES = {
+    "min": np.min,
+    "median": np.median,
+    "mean": np.mean,
+    "p90": partial(np.percentile, q=90),
+    "p99": partial(np.percentile, q=99),
+    "max": np.max,
+}
 
 
 class Checked(NamedTuple):
@@ -118,23 +128,41 @@ def _lengths(
 
 def profile(checked: Checked) -> Table:
     """The rows in figures: how many, their criteria, points, turns, tags, and lengths in tokens."""
-    table = Table("", "n", "min", "median", "mean", "p90", "p99", "max", title="Profile")
+    table = Table("", "n", *_FIGURES, title="Profile")
     for column in table.columns[1:]:
         column.justify = "right"
+    for name, figures in _profile(checked).items():
+        table.add_row(name, str(figures["n"]), *[f"{figures[key]:.4g}" for key in _FIGURES])
+    return table
+
+
+def summary(checked: Checked) -> dict[str, Any]:
+    """All that was found, as values of JSON."""
+    return {
+        "rows": checked.rows,
+        "faults": checked.faults,
+        "schemas": dict(checked.schemas),
+        "profile": _profile(checked),
+        "counts": counts(checked),
+    }
+
+
+def _profile(checked: Checked) -> dict[str, dict[str, float]]:
     examples = checked.examples
     items = [item for example in examples for item in example.rubrics]
-    for name, values in {
+    values = {
         "criteria of a row": [len(e.rubrics) for e in examples],
         "positive points of a row": [sum(max(c.points, 0) for c in e.rubrics) for e in examples],
         "points of a criterion": [c.points for c in items],
         "turns of a prompt": [len(e.prompt) for e in examples],
         "tokens of a prompt": checked.prompt_tokens,
         "tokens of a criterion": checked.criterion_tokens,
-    }.items():
-        if values:
-            figures = [np.min(values), np.median(values), np.mean(values), *np.percentile(values, (90, 99))]
-            table.add_row(name, str(len(values)), *[f"{x:.4g}" for x in (*figures, np.max(values))])
-    return table
+    }
+    return {
+        name: {"n": len(x)} | {key: float(figure(x)) for key, figure in _FIGURES.items()}
+        for name, x in values.items()
+        if x
+    }
 
 
 def counts(checked: Checked) -> list[str]:

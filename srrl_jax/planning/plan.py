@@ -184,7 +184,7 @@ def _groups(config: TrainConfig) -> dict[str, Callable[[Compiler, Setup], None]]
     """The programs of a step by what they are for."""
     rows = config.prompts_per_step
     groups = {"rollout": partial(programs.sampling, count=rows)}
-    if config.grader == "teacher" and config.data.eval is None:
+    if config.judge in ("teacher", "own") and config.data.eval is None:
         pass  # the devices never grade
     elif config.grading.verdict == "generate":
         groups["grade"] = partial(programs.sampling, count=rows * config.group_size)
@@ -293,7 +293,7 @@ def _runs(group: str, program: str, setup: Setup, a: Assumptions) -> float:
     c = setup.config
     if group == "update":
         return c.optimizer.minibatches
-    if group == "grade" and c.grader == "teacher":
+    if group == "grade" and c.judge in ("teacher", "own"):
         return 0  # held-out rows alone are graded here
     if group == "logprob":
         return c.optimizer.minibatches * ((c.kl_coef > 0) + (c.loss.importance_cap is not None))

@@ -24,6 +24,7 @@ _REWARDS = {
     "eval/self": "Held-out, self-graded",
     "eval/frozen": "Held-out, graded by the frozen start",
     "eval/teacher": "Held-out, graded by the teacher",
+    "eval/own": "Held-out, graded by the grader of one's own",
 }
 _VERDICTS = {
     "grader/met_rate": "Met, all criteria",

@@ -4,7 +4,6 @@ Each is written by its own library, an extra of this package, and set up as that
 variables, login). None of them is needed for a run or its report.
 """
 
-import importlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from etils import epath
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.imports import import_object
 
 PROJECT = "srrl"
 
@@ -165,15 +165,11 @@ def find_tracker(name: str) -> type[Tracker]:
                 f"trackers: {name} needs {library}: pip install 'srrl-jax[{name}]', or leave it out"
             )
         return kind
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise InputError(
             f"trackers: {name!r} is none of {', '.join(_KNOWN)}; a class of your own is package.module:Class"
         )
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"trackers: cannot import {name}: {error}") from None
+    return import_object(name, "trackers")
 
 
 class Trackers:

@@ -2,5 +2,6 @@
 
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.loop import train
+from srrl_jax.training.own import Group
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["Group", "TrainConfig", "train"]

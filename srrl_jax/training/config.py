@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import pydantic
-from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.grading import JudgeConfig, TeacherConfig
 from srrl_jax.parallel import MeshConfig
 from srrl_jax.sampling import SamplingConfig
-from srrl_jax.training.settings import read_settings
+from srrl_jax.training.settings import find_recipe, read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +107,8 @@ class RewardConfig:
       zero_variance: "drop" keeps groups whose rewards are all equal out of the loss's denominator.
       resample: how many times such groups are answered and graded anew, in the same step (in the spirit
         of DAPO's dynamic sampling, which draws other prompts).
+      function: `package.module:name` of a reward of one's own, from a group (`srrl_jax.training.Group`, which
+        has the rewards by the keys above) to one number a response; `overlong*` is applied to that.
     """
 
     criteria: Literal["signed", "positive"] = "signed"
@@ -118,6 +119,7 @@ class RewardConfig:
     overlong_buffer: int = 0
     zero_variance: Literal["keep", "drop"] = "keep"
     resample: int = 0
+    function: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,9 @@ class TrainConfig:
     The steps of `profile` are traced by JAX's profiler; true is the second, since the first one compiles.
     `reference`: where the frozen starting weights lie;
     from "host" they come to the devices for each use, and leave again.
+    `grader` is "policy", "frozen" (the starting weights), "teacher", or a grader of one's own as
+    `package.module:name`, a `srrl_jax.grading.Judge` or a function (conversation, response, criteria) ->
+    verdicts.
     `trackers` are told of each step, see `srrl_jax.telemetry.trackers`.
     """
 
@@ -254,7 +259,7 @@ class TrainConfig:
     seed: int = 0
     prompts_per_step: int = 32
     group_size: int = 4
-    grader: Literal["policy", "frozen", "teacher"] = "policy"
+    grader: str = "policy"
     teacher: TeacherConfig | None = None
     kl_coef: float = 0.0
     reference: Literal["device", "host"] = "device"
@@ -364,6 +369,12 @@ class TrainConfig:
             raise InputError(f"data.teacher_share: must be from 0 to below 1, not {self.data.teacher_share}")
         if self.data.teacher_share > 0 and self.data.teacher is None:
             raise InputError("data.teacher_share: needs data.teacher, a file that `srrl grade` wrote")
+        if self.judge == "own" and ":" not in self.grader:
+            raise InputError(
+                f"grader: must be policy, frozen, teacher or package.module:name, not {self.grader!r}"
+            )
+        if self.reward.function is not None and ":" not in self.reward.function:
+            raise InputError(f"reward.function: must be package.module:name, not {self.reward.function!r}")
         if self.grader == "teacher" and self.teacher is None:
             raise InputError("grader: teacher needs the key teacher, with its base_url, model and cache")
         if self.reference == "host" and self.lora.rank:
@@ -379,6 +390,11 @@ class TrainConfig:
         return self.profile
 
     @property
+    def judge(self) -> Literal["policy", "frozen", "teacher", "own"]:
+        """The kind of `grader`."""
+        return self.grader if self.grader in ("policy", "frozen", "teacher") else "own"
+
+    @property
     def needs_frozen(self) -> bool:
         """Whether the starting weights are kept: for the KL penalty, or to grade."""
         return self.kl_coef > 0 or self.frozen_grades
@@ -392,12 +408,14 @@ class TrainConfig:
     def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
         """Reads a YAML recipe and applies `key.sub=value` overrides, whose values are YAML too.
 
-        `inherits: other.yaml`, beside the recipe, takes every key of that recipe that is not set anew.
+        `path` may be the name of one of the package's recipes, such as "demo". `inherits: other.yaml`, beside
+        the recipe, takes every key of that recipe that is not set anew. A value "package:FILE" is the path of
+        a file of this package.
 
         Raises:
           InputError: names the file or override, the key, and for an unknown key the nearest known.
         """
-        values = read_settings(cls, epath.Path(path), overrides)
+        values = read_settings(cls, find_recipe(path), overrides)
         return cls.from_dict(values, where=str(path))
 
     @classmethod

@@ -6,6 +6,8 @@ frozen starting weights. `train` reads top to bottom; what surrounds a run (chec
 is in `session.py`.
 """
 
+from collections.abc import Iterable, Sequence
+
 import jax
 import numpy as np
 
@@ -13,6 +15,7 @@ from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.grading import Judge
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
+from srrl_jax.rubrics import Example
 from srrl_jax.sampling import Weights
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
@@ -21,26 +24,52 @@ from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.mfu import update_mfu
 from srrl_jax.training.monitor import eval_metrics, judges_of, open_teacher
+from srrl_jax.training.own import GraderFunction, Reward, bring
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
 from srrl_jax.training.run import check_processes, check_run, load_tasks
-from srrl_jax.training.session import Session
+from srrl_jax.training.session import OnStep, Session
 
 TRAIN, HELD_OUT = 0, 1  # streams of random keys within a step; resampled groups have those from 2 on
 
 
-def train(config: TrainConfig) -> TrainState:
+def train(
+    config: TrainConfig,
+    *,
+    reward: Reward | None = None,
+    grader: Judge | GraderFunction | None = None,
+    rows: Iterable[Example] | None = None,
+    callbacks: Sequence[OnStep] = (),
+) -> TrainState:
     """Runs a recipe from its start, or from the last checkpoint of its run directory; returns its end.
 
+    >>> import srrl_jax
+    >>> def brevity(group):  # the rubric's reward, less a thousandth for each token
+    ...     return group.rewards - 0.001 * np.array(group.lengths)
+    >>> config = srrl_jax.TrainConfig.load("demo", ["steps=1", "prompts_per_step=2", "group_size=2",
+    ...     "optimizer.microbatch=1", "data.eval=null", f"run_dir={run_dir}"])
+    >>> state = srrl_jax.train(config, reward=brevity)
+
+    Args:
+      reward: of a group (`srrl_jax.training.Group`), one number a response, in place of the rubric's.
+      grader: what has `grade` (`srrl_jax.grading.Judge`), or a function (conversation, response, criteria)
+        -> verdicts (true, false, or None where it cannot say); it decides the rewards, and grades held-out
+        answers beside the policy.
+      rows: training rows, in place of those of `data.train`.
+      callbacks: each is called with a step, its metrics and its rows of samples.jsonl, on process 0.
+
+    A hash of the source of `reward`, of `grader` and of `rows` is kept in config.yaml.
     Raises:
-      InputError: in config, rows or checkpoint, before anything is compiled or written; later when the
-        disk is full, or after too many updates in a row that were not finite.
+      InputError: in config, rows, checkpoint or what was handed in, before anything is compiled or written;
+        later when the disk is full, or after too many updates in a row that were not finite.
       Preempted: after SIGTERM.
     """
-    changes = check_run(config)
+    own = bring(config, reward, grader, rows)
+    config = own.config
+    changes = check_run(config, own.identity)
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, held_out = load_tasks(config, tokenizer)
-    check_processes(config, tasks, lessons, held_out)
+    tasks, lessons, held_out = load_tasks(config, tokenizer, own.rows)
+    check_processes(config, own.identity, tasks, lessons, held_out)
     mesh = make_mesh(config.mesh)
 
     with jax.set_mesh(mesh), open_teacher(config) as teacher:
@@ -48,7 +77,7 @@ def train(config: TrainConfig) -> TrainState:
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)
 
-        with Session(config, changes) as session:
+        with Session(config, changes, own.identity, callbacks) as session:
             state = session.resume(learner.start())
 
             def keys_of(step: int, stream: int) -> jax.Array:
@@ -63,8 +92,8 @@ def train(config: TrainConfig) -> TrainState:
 
             def judge(name: str, weights: Weights, key: jax.Array) -> Judge:
                 """The frozen weights take the place of `weights`, which are of no use after that."""
-                if name == "teacher":
-                    return teacher
+                if name in ("teacher", "own"):
+                    return teacher if name == "teacher" else own.judge
                 if name == "frozen":
                     with session.phase("relayout"):
                         weights = rewarder.ready(learner.frozen, replaces=weights)
@@ -76,12 +105,13 @@ def train(config: TrainConfig) -> TrainState:
                 # 1. The policy answers every prompt with a group of completions.
                 with session.phase("rollout") as on_wave:
                     groups = rewarder.rollout(weights, tasks, config.group_size, rollout_key, on_wave)
-                # 2. The same weights (or frozen ones, or a teacher) judge every answer by every criterion.
-                grader = judge(config.grader, weights, grade_key)
+                # 2. The same weights (or frozen ones, a teacher, one's own grader) judge all by all criteria.
+                grader = judge(config.judge, weights, grade_key)
                 with session.phase("grade") as on_wave:
                     graded = rewarder.grade(grader, tasks, groups, on_wave)
                 longest = config.rollout.max_new_tokens
-                return groups, graded, training_rewards(tasks, groups, graded, config.reward, longest)
+                rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward)
+                return groups, graded, rewards
 
             def evaluate(step: int) -> tuple[dict, list]:
                 rollout_key, grade_key = keys_of(step, HELD_OUT)

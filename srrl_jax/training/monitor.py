@@ -16,7 +16,7 @@ from srrl_jax.grading import Teacher
 from srrl_jax.rubrics import Criterion, score_response
 from srrl_jax.training.config import EvalConfig, TrainConfig
 
-JUDGES = ("frozen", "teacher")  # beside the live policy
+JUDGES = ("frozen", "teacher", "own")  # beside the live policy
 _CAUSES = {
     "frozen": "Likely cause: its judgement has drifted, so that it pleases its own grader; kl_coef, "
     "grader=frozen or a lower optimizer.learning_rate hold it",
@@ -28,8 +28,12 @@ _ALMOST = 0.05
 
 
 def judges_of(config: TrainConfig) -> list[str]:
-    """Who grades held-out answers: "self", and where the recipe has them "frozen" and "teacher"."""
-    extra = {"frozen": config.eval.frozen, "teacher": config.teacher is not None}
+    """Who grades held-out answers: "self", and where the recipe has them "frozen", "teacher" and "own"."""
+    extra = {
+        "frozen": config.eval.frozen,
+        "teacher": config.teacher is not None,
+        "own": config.judge == "own",
+    }
     return ["self", *(name for name, given in extra.items() if given)] if config.data.eval else []
 
 

@@ -1,7 +1,8 @@
 """A step of a finished run, computed again from what the run wrote down."""
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
-from srrl_jax.rubrics import Criterion, score_response
+from srrl_jax.rubrics import Criterion, Example, score_response
 from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.training.checkpoint import Checkpoints
 from srrl_jax.training.config import TrainConfig
@@ -22,6 +23,7 @@ from srrl_jax.training.experience import Graded
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.monitor import eval_metrics
+from srrl_jax.training.own import Reward, bring
 from srrl_jax.training.records import completion_metrics, read_tokens, tokens_path, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards
 from srrl_jax.training.run import load_tasks
@@ -46,12 +48,16 @@ class Comparison(NamedTuple):
         return "rounding" if close else "DIFFERS"
 
 
-def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
+def replay(
+    run_dir: str, step: int, *, reward: Reward | None = None, rows: Iterable[Example] | None = None
+) -> tuple[list[Comparison], int]:
     """Computes a training step again: rows, texts, rewards, advantages, means, and the updates.
 
     Rewards come from the verdicts in samples.jsonl. The updates start at the newest checkpoint before
     `step`, or else at the starting weights, and go through the tokens of all steps in between.
 
+    Args:
+      reward, rows: those that `train` was handed; a reward of the recipe is imported.
     Returns:
       Every value compared (a list of samples that agree is one of them), and the step started from.
     Raises:
@@ -59,13 +65,21 @@ def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
     """
     run_dir = storage.locate(run_dir)
     config = _config(run_dir)
+    own = bring(dataclasses.replace(config, grader="policy"), reward, rows=rows)
+    known = yaml.safe_load((run_dir / "config.yaml").read_text()).get("identity", {})
+    for name in ("reward", "rows"):
+        if own.identity.get(name) != known.get(name):
+            raise InputError(
+                f"{run_dir}: it was trained with another {name}; give replay the same, by "
+                f"srrl_jax.training.replay.replay(run_dir, step, {name}=...)"
+            )
     metrics = {row["step"]: row for row in iter_jsonl(run_dir / "metrics.jsonl")}
     if step < 1 or step not in metrics:
         last = max(metrics, default=0)
         raise InputError(f"{run_dir}: there is no training step {step}; the last one is {last}")
     logged = metrics[step]
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, _ = load_tasks(config, tokenizer)
+    tasks, lessons, _ = load_tasks(config, tokenizer, own.rows)
     mesh = make_mesh(config.mesh)
 
     with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
@@ -82,7 +96,7 @@ def replay(run_dir: str, step: int) -> tuple[list[Comparison], int]:
             groups = read_tokens(tokens_path(run_dir, current), [row["truncated"] for row in rows])
             graded = _graded(rows, config.group_size)
             rewards = training_rewards(
-                batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens
+                batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens, own.reward
             )
             advantages, scored = relative_rewards(rewards, config.loss, config.reward)
             minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)

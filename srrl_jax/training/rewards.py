@@ -9,6 +9,7 @@ from srrl_jax.rubrics import group_rewards
 from srrl_jax.sampling import Completion
 from srrl_jax.training.config import LossConfig, RewardConfig
 from srrl_jax.training.experience import Graded, Task
+from srrl_jax.training.own import Group, Reward, call_reward, of_main, rubric_reward
 
 
 def training_rewards(
@@ -17,11 +18,15 @@ def training_rewards(
     graded: Sequence[Sequence[Graded]],
     config: RewardConfig,
     longest: int,
+    reward: Reward = rubric_reward,
 ) -> np.ndarray:
     """float32 [N, G]; NaN where a completion has no reward, or is truncated and `overlong` is "mask".
 
     Args:
       longest: limit of a completion, in tokens.
+      reward: of one's own, of what is no lesson; process 0 calls it.
+    Raises:
+      InputError: it does not give one finite number for each response.
     """
     rewards = np.array(
         [
@@ -37,9 +42,24 @@ def training_rewards(
         np.float32,  # None becomes NaN
     )
     lengths = np.array([[len(c.tokens) for c in group] for group in groups])
+    cut = np.array([[c.truncated for c in group] for group in groups])
+    if reward is not rubric_reward:
+        own = [i for i, task in enumerate(tasks) if task.met is None]
+        given = [
+            Group(
+                tasks[i].example,
+                [g.response for g in graded[i]],
+                [g.verdicts for g in graded[i]],
+                lengths[i].tolist(),
+                cut[i].tolist(),
+                rewards[i].copy(),
+            )
+            for i in own
+        ]
+        rewards[own] = of_main(lambda: [call_reward(reward, group) for group in given])
     rewards -= overlong_penalty(lengths, longest, config.overlong_buffer)
     if config.overlong == "mask":
-        rewards[np.array([[c.truncated for c in group] for group in groups])] = np.nan
+        rewards[cut] = np.nan
     return rewards
 
 

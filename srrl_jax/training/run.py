@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import yaml
@@ -15,6 +16,7 @@ from srrl_jax.grading import Grader
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import gather
+from srrl_jax.rubrics import Example
 from srrl_jax.telemetry.trackers import find_tracker
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
@@ -23,12 +25,15 @@ from srrl_jax.training.lessons import load_lessons
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
 _SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig) if field.name not in DECIDES]
+NOTHING: Mapping[str, str] = MappingProxyType({})
 _MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", "reference", "trackers", *_SPEED)
 
 
-def check_run(config: TrainConfig) -> list[str]:
+def check_run(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> list[str]:
     """Compares the recipe with that of the run in its directory, if there is one; writes nothing.
 
+    Args:
+      identity: hashes of what is not in the recipe, by name; they have to be those of the run.
     Returns:
       The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
@@ -49,7 +54,7 @@ def check_run(config: TrainConfig) -> list[str]:
     done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
     if not (path.exists() and done):
         return []
-    differences = list(_differences(yaml.safe_load(path.read_text()), config.to_dict()))
+    differences = list(_differences(yaml.safe_load(path.read_text()), _written(config, identity)))
     refused = [text for key, text in differences if not {key, key.split(".")[0]} & {*_MAY_CHANGE}]
     if refused:
         raise InputError(
@@ -61,7 +66,7 @@ def check_run(config: TrainConfig) -> list[str]:
     return [text for key, text in differences if key != "run_dir"]
 
 
-def write_config(config: TrainConfig) -> None:
+def write_config(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> None:
     """Makes the run directory with the resolved config; a kill leaves the old one or the new one.
 
     Raises:
@@ -70,17 +75,19 @@ def write_config(config: TrainConfig) -> None:
     path = storage.locate(config.run_dir) / "config.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.replace(path, [yaml.safe_dump(config.to_dict(), sort_keys=False).encode()])
+        storage.replace(path, [yaml.safe_dump(_written(config, identity), sort_keys=False).encode()])
     except OSError as error:
         raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from None
 
 
-def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], list[Task], list[Task]]:
+def load_tasks(
+    config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example] | None = None
+) -> tuple[list[Task], list[Task], list[Task]]:
     """Training rows, lessons (none without data.teacher) and held-out rows (none without data.eval).
 
-    All are checked against the bucket table.
+    `rows` take the place of data.train. All are checked against the bucket table.
     """
-    examples = load_examples(config.data.train, config.data.fields)
+    examples = load_examples(config.data.train, config.data.fields) if rows is None else rows
     if config.data.minus is not None:
         examples = subtract(examples, load_examples(config.data.minus, config.data.fields))
     examples = select(examples, config.data.where)
@@ -96,14 +103,14 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list[Task], l
     return tasks, lessons, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
 
 
-def check_processes(config: TrainConfig, *tasks: list[Task]) -> None:
+def check_processes(config: TrainConfig, identity: Mapping[str, str], *tasks: list[Task]) -> None:
     """Compares what the processes of a run were given; they decide alike only where that is the same.
 
     Raises:
       InputError: they have other recipes, rows or tokenizers, or another JAX; names two processes.
     """
     mine = {
-        "recipe": config.to_dict(),
+        "recipe": _written(config, identity),
         "JAX": jax.__version__,
         "rows or tokenizer": hashlib.sha256(repr(tasks).encode()).hexdigest(),
     }
@@ -115,6 +122,10 @@ def check_processes(config: TrainConfig, *tasks: list[Task]) -> None:
                     f"process {number} has another {what} than process 0; give all of them the same command, "
                     "files and packages"
                 )
+
+
+def _written(config: TrainConfig, identity: Mapping[str, str]) -> dict:
+    return config.to_dict() | ({"identity": dict(identity)} if identity else {})
 
 
 def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Self
@@ -28,6 +28,7 @@ from srrl_jax.training.run import write_config
 
 # Until the update a step has changed nothing, so the state is still that of the step before.
 _SAFE = ("rollout", "grade", "logprob")
+OnStep = Callable[[int, Mapping[str, float], Sequence[dict]], None]
 _BEAT = 5.0  # seconds
 
 
@@ -43,8 +44,15 @@ class Session:
       skips: the updates that were skipped.
     """
 
-    def __init__(self, config: TrainConfig, changes: list[str]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        changes: Sequence[str],
+        identity: Mapping[str, str],
+        callbacks: Sequence[OnStep] = (),
+    ):
         self._config, self._changes = config, changes
+        self._identity, self._callbacks = identity, callbacks
         self._run_dir = storage.locate(config.run_dir)
         self.step, self.fresh = 0, True
         self.times: dict[str, float] = {}
@@ -80,7 +88,7 @@ class Session:
         """
         found = self._checkpoints.restore_latest(like)
         if is_main():
-            write_config(self._config)
+            write_config(self._config, self._identity)
             self.log.rewind(-1 if found is None else found[0].step)
         if found is None:
             self._state = like
@@ -161,6 +169,8 @@ class Session:
                 parted = parting(metrics, self._config.eval)
                 for message in [*new_warnings(metrics, self._metrics), *parted, *missed]:
                     self._event("warning", message, step)
+            for callback in self._callbacks:
+                callback(step, metrics | self.times, samples)
         self._live.update(step, metrics | self.times)
         self.times.clear()  # so the next line tells how long this checkpoint took
         self.step, self._state, self._metrics, self.fresh = step, state, metrics, False

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from etils import epath
 
 from srrl_jax.errors import InputError
+from srrl_jax.starting import recipes
+
+_PACKAGE = "package:"
 
 
 def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str, Any]:
@@ -32,7 +36,33 @@ def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str
             raise InputError(f"{override!r}: the value is not valid YAML: {error}") from None
         _check_keys(kind, nested, where=override)
         values = _merge(values, nested)
-    return values
+    return _in_package(values)
+
+
+def find_recipe(path: str | Path) -> epath.Path:
+    """A file, or a recipe of the package by its name.
+
+    Raises:
+      InputError: there is neither.
+    """
+    known = recipes()
+    if str(path) in known and not epath.Path(path).exists():
+        return epath.Path(known[str(path)])
+    if not epath.Path(path).exists():
+        raise InputError(f"{path}: no such config file, nor a recipe of the package ({', '.join(known)})")
+    return epath.Path(path)
+
+
+def _in_package(value: Any) -> Any:
+    """Nested values, in which "package:FILE" is the path of a file of this package."""
+    if isinstance(value, dict):
+        return {key: _in_package(each) for key, each in value.items()}
+    if isinstance(value, str) and value.startswith(_PACKAGE):
+        path = Path(__file__).parents[1] / value.removeprefix(_PACKAGE)
+        if not path.exists():
+            raise InputError(f"{value}: the package has no such file; give a path without {_PACKAGE}")
+        return str(path)
+    return value
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -52,7 +82,8 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = values.pop("inherits", None)
     if parent is None:
         return values
-    return _merge(_read(path.parent / str(parent), (*heirs, path.resolve())), values)
+    parent = path.parent / _in_package(str(parent))  # an absolute path stays as it is
+    return _merge(_read(parent, (*heirs, path.resolve())), values)
 
 
 def _put(target: dict[str, Any], path: list[str], value: Any) -> None:

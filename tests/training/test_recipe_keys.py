@@ -267,6 +267,7 @@ ELSEWHERE = {
     "rollout.sampling.top_k", "rollout.sampling.top_p", "rollout.sampling.min_p",
     "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",
     "grader",  # test_experience.py
+    "reward.function",  # test_own.py
     "teacher", "eval.margin", "eval.agreement",  # test_monitor.py
     "data.teacher", "data.teacher_share",  # test_lessons.py
     "lora.rank", "lora.alpha", "lora.targets",  # test_lora.py

@@ -1,0 +1,215 @@
+"""A reward, a grader and rows of one's own: handed to `train`, or named in the recipe by import path."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from srrl_jax.errors import InputError
+from srrl_jax.grading import GradingItem, Judge, Verdict
+from srrl_jax.imports import import_object
+from srrl_jax.parallel import gather, is_main
+from srrl_jax.rubrics import Criterion, Example, Message
+from srrl_jax.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, and what the grader made of them; what a reward is a function of.
+
+    Attributes:
+      responses: G texts as a user sees them, without the thought.
+      verdicts: of each response, one for each criterion of `example.rubrics`.
+      lengths: of each completion, in tokens.
+      truncated: whether a completion was cut off at its limit.
+      rewards: float32 [G], by the rubric as the recipe's `reward` has it; NaN where nothing could be scored.
+    """
+
+    example: Example
+    responses: Sequence[str]
+    verdicts: Sequence[Sequence[Verdict]]
+    lengths: Sequence[int]
+    truncated: Sequence[bool]
+    rewards: np.ndarray
+
+
+Reward = Callable[[Group], Sequence[float]]
+GraderFunction = Callable[[Sequence[Message], str, Sequence[Criterion]], Sequence[bool | None | Verdict]]
+
+
+def rubric_reward(group: Group) -> np.ndarray:
+    """The default reward: the rubric's."""
+    return group.rewards
+
+
+def call_reward(reward: Reward, group: Group) -> list[float]:
+    """What `reward` gives for a group, checked.
+
+    Raises:
+      InputError: it is not one finite number for each response; NaN may stay where the rubric's is NaN.
+    """
+    values = reward(group)
+    try:
+        found = np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.shape != group.rewards.shape or np.any(
+        ~np.isfinite(found) & ~(np.isnan(found) & np.isnan(group.rewards))
+    ):
+        raise InputError(
+            f"reward {name_of(reward)}: must give one finite number for each of the {len(group.rewards)} "
+            f"responses to {group.example.prompt_id}, not {repr(values)[:200]}"
+        )
+    return found.tolist()
+
+
+@dataclass(frozen=True)
+class OwnJudge:
+    """A grader of one's own as `Judge`: process 0 asks it, all get its verdicts.
+
+    Raises InputError where it does not give one verdict for each criterion.
+    """
+
+    grader: Judge | GraderFunction
+    name: str = "own"
+
+    def grade(
+        self,
+        items: Sequence[GradingItem],
+        on_wave: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Verdict]]:
+        return [[Verdict(*v) for v in row] for row in of_main(lambda: self._grade(items, on_wave))]
+
+    def _grade(self, items, on_wave) -> list[list[Verdict]]:
+        if hasattr(self.grader, "grade"):
+            given = list(self.grader.grade(items, on_wave))
+        else:
+            given = []
+            for item in items:
+                given.append(self.grader(item.prompt, item.response, item.criteria))
+                on_wave(len(given), len(items))
+        if len(given) != len(items):
+            raise InputError(
+                f"grader {name_of(self.grader)}: gave {len(given)} rows of verdicts on {len(items)} responses"
+            )
+        return [self._checked(row, item) for row, item in zip(given, items, strict=True)]
+
+    def _checked(self, row: Any, item: GradingItem) -> list[Verdict]:
+        verdicts = list(row) if isinstance(row, Iterable) else []
+        met = [v.met if isinstance(v, Verdict) else v for v in verdicts]
+        if len(met) != len(item.criteria) or not all(
+            m is None or isinstance(m, bool | np.bool_) for m in met
+        ):
+            raise InputError(
+                f"grader {name_of(self.grader)}: must give true, false, None or a Verdict for each of the "
+                f"{len(item.criteria)} criteria, not {repr(row)[:200]}"
+            )
+        return [
+            v if isinstance(v, Verdict) else Verdict(v, "", 1, 0) if v is None else _sure(bool(v))
+            for v in verdicts
+        ]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a run has of one's own.
+
+    Attributes:
+      config: the recipe with the names of what was handed in.
+      reward: the rubric's where there is no other.
+      rows: training rows in place of the recipe's.
+      identity: a hash of the source of each, which is kept in config.yaml; another one cannot resume.
+    """
+
+    config: TrainConfig
+    reward: Reward
+    judge: OwnJudge | None
+    rows: list[Example] | None
+    identity: dict[str, str]
+
+
+def bring(
+    config: TrainConfig,
+    reward: Reward | None = None,
+    grader: Judge | GraderFunction | None = None,
+    rows: Iterable[Example] | None = None,
+) -> Own:
+    """Takes what was handed in, or imports what the recipe names.
+
+    Raises:
+      InputError: a name cannot be imported, or something is not what it should be.
+    """
+    identity = {}
+    if reward is not None:
+        config = dataclasses.replace(
+            config, reward=dataclasses.replace(config.reward, function=name_of(reward))
+        )
+    elif config.reward.function:
+        reward = import_object(config.reward.function, "reward.function")
+    if grader is not None:
+        config = dataclasses.replace(config, grader=name_of(grader))
+    elif config.judge == "own":
+        grader = import_object(config.grader, "grader")
+    if isinstance(grader, type):
+        grader = grader()
+    for key, thing in (("reward", reward), ("grader", grader)):
+        if thing is not None:
+            if not (callable(thing) or (key == "grader" and hasattr(thing, "grade"))):
+                raise InputError(f"{key}: {name_of(thing)} is not a function, but {thing!r}")
+            identity[key] = _digest(thing)
+    if rows is not None:
+        rows = list(rows)
+        _check_rows(rows)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train="rows"))
+        identity["rows"] = _sha256(json.dumps([row.to_dict() for row in rows], sort_keys=True))
+    return Own(config, reward or rubric_reward, OwnJudge(grader) if grader else None, rows, identity)
+
+
+def name_of(thing: Any) -> str:
+    """ "module:name" of a function or a class; of an object, those of its class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def of_main(compute: Callable[[], Any]) -> Any:
+    """What process 0 computes, on all of them, as JSON's types; an InputError of it is raised on all."""
+    found = None
+    if is_main():
+        try:
+            found = compute()
+        except InputError as error:
+            found = str(error)
+    first, *_ = gather(found)
+    if isinstance(first, str):
+        raise InputError(first)
+    return first
+
+
+def _sure(met: bool) -> Verdict:
+    return Verdict(met, "", 1, 0, float(met))
+
+
+def _check_rows(rows: list[Any]) -> None:
+    if not rows or not all(isinstance(row, Example) for row in rows):
+        raise InputError("rows: must be at least one srrl_jax.rubrics.Example, see Example.from_dict")
+    ids = [row.prompt_id for row in rows]
+    if repeated := next((name for name in ids if ids.count(name) > 1), None):
+        raise InputError(f"rows: prompt_id {repeated!r} is there twice; give each row its own")
+
+
+def _digest(thing: Any) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    try:
+        return _sha256(inspect.getsource(named))
+    except (OSError, TypeError):  # made without a file, or not in Python
+        code = getattr(named, "__code__", None)
+        return _sha256(repr((name_of(thing), code and (code.co_code, code.co_names, code.co_consts))))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""A reward, a grader, rows and callbacks of one's own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import yaml
+
+from srrl_jax.data import load_examples
+from srrl_jax.errors import InputError
+from srrl_jax.grading import GradingItem, Verdict
+from srrl_jax.rubrics import Criterion
+from srrl_jax.sampling import Completion
+from srrl_jax.training import train
+from srrl_jax.training.config import RewardConfig
+from srrl_jax.training.experience import Graded, Task
+from srrl_jax.training.own import OwnJudge, bring
+from srrl_jax.training.replay import replay
+from srrl_jax.training.rewards import training_rewards
+
+from .conftest import WORLD
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def brevity(group):
+    return [r - 0.01 * n for r, n in zip(group.rewards, group.lengths, strict=True)]
+
+
+def strict(conversation, response, criteria):
+    return [criterion.points < 0 for criterion in criteria]
+
+
+class Lenient:
+    name = "lenient"
+
+    def grade(self, items, on_wave=None):
+        return [[Verdict(c.points > 0, "kind", 1, 1, 1.0) for c in item.criteria] for item in items]
+
+
+def given(reward, **options):
+    example = load_examples(WORLD / "easy.jsonl")[0]
+    met = [(True,) * len(example.rubrics), (False,) * len(example.rubrics), (None,) * len(example.rubrics)]
+    group = [Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), n == 30) for n in (10, 20, 30)]
+    graded = [Graded("", f"r{i}", [Verdict(m, "", 1, 1) for m in row], None) for i, row in enumerate(met)]
+    tasks = [Task(example, [1], "", 0), Task(example, [1], "", 0, met=True)]
+    return training_rewards(tasks, [group] * 2, [graded] * 2, RewardConfig(**options), 30, reward)
+
+
+def test_a_reward_sees_its_group_and_replaces_the_rubrics_but_not_of_lessons():
+    seen = []
+    rewards = given(lambda group: seen.append(group) or [2 + n for n in group.lengths])
+    plain = given(lambda group: group.rewards)
+    np.testing.assert_array_equal(rewards[0], [12, 22, 32])
+    np.testing.assert_array_equal(rewards[1], plain[1])
+    (group,) = seen
+    assert group.truncated == [False, False, True] and group.responses == ["r0", "r1", "r2"]
+    assert [row[0].met for row in group.verdicts] == [True, False, None]
+    np.testing.assert_array_equal(group.rewards, plain[0])
+    np.testing.assert_array_equal(given(brevity)[0], plain[0] - np.float32([0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda g: [1.0], lambda g: 1.0, lambda g: [1.0, float("inf"), 0], lambda g: [float("nan"), 0, 0],
+     lambda g: None, lambda g: ["a", "b", "c"]],
+)  # fmt: skip
+def test_a_reward_that_is_not_one_finite_number_a_response_is_refused(wrong):
+    with pytest.raises(InputError, match="reward .*lambda.*: must give one finite number for each of the 3"):
+        given(wrong)
+
+
+def test_a_function_and_an_object_with_grade_judge_alike():
+    item = GradingItem(({"role": "user", "content": "?"},), "!", (Criterion("a", 1), Criterion("b", -1)))
+    assert [[v.met for v in row] for row in OwnJudge(strict).grade([item])] == [[False, True]]
+    assert [[v.met for v in row] for row in OwnJudge(Lenient()).grade([item])] == [[True, False]]
+    assert OwnJudge(strict).grade([item])[0][1].probability == 1.0
+    for wrong in (lambda *_: [True], lambda *_: [1, 0], lambda *_: None):
+        with pytest.raises(InputError, match="grader .*: must give true, false, None"):
+            OwnJudge(wrong).grade([item])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.function=brevity", "reward.function: must be package.module:name"),
+        ("reward.function=json:nothing", "reward.function: cannot import json:nothing"),
+        ("reward.function=json:__name__", "reward: .* is not a function"),
+        ("grader=no_such_module:judge", "grader: cannot import no_such_module:judge: No module"),
+        ("grader=someone", "grader: must be policy, frozen, teacher or package.module:name"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(recipe, tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        bring(recipe(tmp_path, override))
+
+
+def test_only_what_is_named_is_imported(recipe, tmp_path):
+    assert bring(recipe(tmp_path)).identity == {}
+
+
+def test_rows_that_are_no_examples_are_refused(recipe, tmp_path):
+    for rows in ([], [{"prompt": "?"}]):
+        with pytest.raises(InputError, match="rows: must be at least one"):
+            bring(recipe(tmp_path), rows=rows)
+    example = load_examples(WORLD / "easy.jsonl")[0]
+    with pytest.raises(InputError, match="'easy-0000' is there twice"):
+        bring(recipe(tmp_path), rows=[example, example])
+
+
+@pytest.mark.slow
+def test_a_run_with_all_of_ones_own_resumes_replays_and_refuses_another(recipe, tmp_path, monkeypatch, logs):
+    (tmp_path / "mine.py").write_text("def short(group):\n    return [-n for n in group.lengths]\n")
+    monkeypatch.chdir(tmp_path)
+    eval = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2", "checkpoint.every=1")
+    config = recipe(tmp_path / "run", "reward.function=mine:short", "steps=1", *eval)
+    rows = [
+        dataclasses.replace(e, prompt_id=f"mine-{i}")
+        for i, e in enumerate(load_examples(WORLD / "easy.jsonl")[:4])
+    ]
+    told = []
+    own = dict(grader=strict, rows=iter(rows), callbacks=[lambda *step: told.append(step)])
+    train(config, **own)
+    assert [step for step, *_ in told] == [0, 1] and "eval/own" in told[0][1]
+    metrics, samples = logs(tmp_path / "run")
+    trained = [row for row in samples if row["split"] == "train"]
+    assert {row["prompt_id"] for row in trained} <= {row.prompt_id for row in rows}
+    assert all(c["verdict"] == (c["points"] < 0) for row in trained for c in row["criteria"])
+    assert metrics[1]["reward/mean"] == pytest.approx(np.mean([-row["tokens"] for row in trained]))
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["reward"]["function"] == "mine:short" and set(kept["identity"]) == {
+        "reward",
+        "grader",
+        "rows",
+    }
+
+    compared, _ = replay(str(tmp_path / "run"), 1, rows=rows)
+    assert {row.verdict for row in compared} == {"same"}
+    with pytest.raises(InputError, match="another rows"):
+        replay(str(tmp_path / "run"), 1)
+    longer = dataclasses.replace(config, steps=2)
+    for other, name in (({"grader": Lenient()}, "grader"), ({"rows": rows[:3]}, "identity.rows")):
+        with pytest.raises(InputError, match=f"another recipe: .*{name}"):
+            train(longer, **{**own, "rows": rows} | other)
+    train(longer, **{**own, "rows": rows})
+    assert told[-1][0] == 2
