@@ -28,7 +28,7 @@ from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.tinyworld import oracle
+from srrl_jax.tinyworld import grader_reply
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import SelfRewarder
 
@@ -60,7 +60,8 @@ def write_lessons(config: TrainConfig) -> Counter:
     met = Counter()
     with path.open("w") as file:
         for example, answer in zip(examples, answers, strict=True):
-            verdicts = [{"met": oracle(answer.response, c.criterion)} for c in example.rubrics]
+            replies = [json.loads(grader_reply(answer.response, c.criterion)) for c in example.rubrics]
+            verdicts = [{"met": r["criteria_met"], "explanation": r["explanation"]} for r in replies]
             met.update(verdict["met"] for verdict in verdicts)
             line = example.to_dict() | {"response": answer.response, "verdicts": verdicts}
             file.write(json.dumps(line) + "\n")

@@ -101,6 +101,15 @@ def grpo_loss(
     }
 
 
+def with_lessons(loss: jax.Array, logprobs: jax.Array, taught: jax.Array) -> jax.Array:
+    """The loss of each token [N, G, L], -log policy (cross-entropy) in completions that are taught.
+
+    Args:
+      taught: bool [N, G], true where a completion is not the policy's own but a teacher's reply.
+    """
+    return jnp.where(taught[..., None], -logprobs, loss)
+
+
 def importance_weights(old_logprobs: jax.Array, sampler_logprobs: jax.Array, cap: float) -> jax.Array:
     """min(old policy in the trainer / policy in the sampler, cap) of each token, without gradient.
 

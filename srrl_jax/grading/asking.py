@@ -31,7 +31,7 @@ class Question:
       template: a grader template (see `srrl_jax.rubrics.load_template`).
       thinking: passed on to the chat template.
       forced: whether the reply is forced up to the verdict; `candidates` are then the tokens that go
-        on with true and with false.
+        on with true and with false, `replies` those up to the end, `skeleton` the text before them.
     Raises:
       InputError: `forced`, and true and false do not differ in a token.
     """
@@ -48,6 +48,9 @@ class Question:
                 )
             self.candidates = (yes[same], no[same])
             self._tail = len(yes) - same
+            self.replies = (tuple(yes[same:]), tuple(no[same:]))
+            # A tokenizer may write the end of the skeleton and the verdict as one token.
+            self.skeleton = (SKELETON + "true}")[: -len(tokenizer.decode(yes[same:]))]
 
     @cached_property
     def trunk(self) -> tuple[int, ...]:

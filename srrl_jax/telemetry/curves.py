@@ -31,6 +31,7 @@ _VERDICTS = {
     "grader/met_rate_negative": "Met, negative criteria",
     "grader/unscorable": "Unscorable",
     "grader/agreement_frozen": "Agreement with the frozen grader",
+    "grader/control_met_rate": "Met by empty answers (controls)",
     "grader/agreement_teacher": "Agreement with the teacher",
 }
 _CLIPPED = {"clip_frac/low": "Clipped low", "clip_frac/high": "Clipped high"}

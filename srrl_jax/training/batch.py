@@ -19,7 +19,7 @@ class UpdateBatch(NamedTuple):
     Shapes: `tree` with branches [N, G, L]; `mask` bool [N, G, L], true at completion tokens that
     count; `logprobs` float32 [N, G, L] at sampling; `old_logprobs` [N, G, L], those that ratios are
     taken against; `advantages` float32 [N, G]; `reference_logprobs` float32 [N, G, L], zero when
-    there is no KL penalty.
+    there is no KL penalty; `taught` bool [N, G], true where the completion is a teacher's reply.
     """
 
     tree: TreeBatch
@@ -28,6 +28,7 @@ class UpdateBatch(NamedTuple):
     old_logprobs: jax.Array
     advantages: jax.Array
     reference_logprobs: jax.Array
+    taught: jax.Array
 
 
 def pack_groups(
@@ -59,7 +60,7 @@ def pack_groups(
             logprobs[i, j, : len(completion.tokens)] = completion.logprobs
     mask = (np.arange(size) < tree.branch_lengths[..., None]) & scored[..., None]
     advantages, reference = np.zeros((n, g), np.float32), np.zeros_like(logprobs)
-    return UpdateBatch(tree, mask, logprobs, logprobs, advantages, reference)
+    return UpdateBatch(tree, mask, logprobs, logprobs, advantages, reference, np.zeros((n, g), bool))
 
 
 def check_microbatch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:

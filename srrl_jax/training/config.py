@@ -23,6 +23,8 @@ class DataConfig:
       minus: rows to leave out of the training rows, by prompt_id: main minus Hard is Easy.
       teacher: graded rows that `srrl grade` wrote, of which lessons in grading are made (`lessons.py`).
       teacher_share: lessons among all prompts of a run, from 0 to below 1.
+      teacher_loss: how lessons are learnt: "grpo" from the policy's own replies, "sft" by cross-entropy with
+        the teacher's reply, "both" by all replies but the last, in whose place the teacher's is.
       where: tags of the training rows and criteria to keep (see `srrl_jax.data.select`).
       fields: what the rows call "prompt", "rubrics", "criterion" and "points", where they have no schema
         that is known (see `srrl_jax.data.schemas`); for all sources but the teacher's.
@@ -33,6 +35,7 @@ class DataConfig:
     minus: str | None = None
     teacher: str | None = None
     teacher_share: float = 0.0
+    teacher_loss: Literal["grpo", "sft", "both"] = "grpo"
     where: tuple[str, ...] = ()
     fields: dict[Literal["prompt", "rubrics", "criterion", "points"], str] = dataclasses.field(
         default_factory=dict
@@ -101,6 +104,8 @@ class RewardConfig:
         the logits (`grading.verdict`).
       drop_unvarying: leave out criteria on which a whole group has the same verdict (DR Tulu). Advantages
         divided by the group's deviation do not change by it, others grow.
+      criteria_dropout: share of a rubric's criteria that a group is not rewarded by, drawn anew in each step:
+        what is exploited in one step may be left out in the next.
       axis_weights: factors of points by HealthBench axis ("accuracy", ...); 1 where not named.
       overlong: "mask" keeps truncated completions out of the baseline and the loss (DAPO, 2503.14476).
       overlong_buffer: tokens before the limit over which a penalty grows from 0 to 1 (DAPO eq. 13).
@@ -114,6 +119,7 @@ class RewardConfig:
     criteria: Literal["signed", "positive"] = "signed"
     soft: bool = False
     drop_unvarying: bool = False
+    criteria_dropout: float = 0.0
     axis_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     overlong: Literal["keep", "mask"] = "keep"
     overlong_buffer: int = 0
@@ -227,6 +233,10 @@ class EvalConfig:
       frozen: let the starting weights grade them too, which costs a copy of the weights and a pass.
       margin: a warning is given where the scores by the live and by the frozen weights are further apart.
       agreement: and where they give fewer of their verdicts alike.
+      controls: on the first so many rows the live policy also grades answers that cannot meet the criteria,
+        see `srrl_jax.training.monitor`; 0 is off.
+      control_met: a warning is given where it says "met" to more than this share of them.
+      stop_on_warning: end the run, with a checkpoint, after a step whose evaluation gave such a warning.
     """
 
     every: int = 10
@@ -235,6 +245,9 @@ class EvalConfig:
     frozen: bool = True
     margin: float = 0.1
     agreement: float = 0.8
+    controls: int = 8
+    control_met: float = 0.2
+    stop_on_warning: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +348,8 @@ class TrainConfig:
             "reward.resample": self.reward.resample,
             "eval.margin": self.eval.margin,
             "eval.agreement": self.eval.agreement,
+            "eval.controls": self.eval.controls,
+            "eval.control_met": self.eval.control_met,
             "optimizer.learning_rate": o.learning_rate,
             "optimizer.warmup_steps": o.warmup_steps,
             "optimizer.weight_decay": o.weight_decay,
@@ -365,6 +380,10 @@ class TrainConfig:
         for key, value in above_0.items():
             if value is not None and not value > 0:
                 raise InputError(f"{key}: must be above 0, not {value}")
+        if not 0 <= self.reward.criteria_dropout < 1:
+            raise InputError(
+                f"reward.criteria_dropout: must be from 0 to below 1, not {self.reward.criteria_dropout}"
+            )
         if not 0 <= self.data.teacher_share < 1:
             raise InputError(f"data.teacher_share: must be from 0 to below 1, not {self.data.teacher_share}")
         if self.data.teacher_share > 0 and self.data.teacher is None:

@@ -35,6 +35,7 @@ class Task(NamedTuple):
       opening: "<think>" where the chat template opens the thought, see `opened_thought`.
       row: the number of its row, which its random keys are folded from.
       met: of a lesson (`lessons.py`) the teacher's verdict, which the completion is to give.
+      reply: and the tokens of that verdict as the grader would write it, with the teacher's explanation.
     """
 
     example: Example
@@ -42,6 +43,7 @@ class Task(NamedTuple):
     opening: str
     row: int
     met: bool | None = None
+    reply: tuple[int, ...] = ()
 
 
 def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer, config: TrainConfig):

@@ -20,6 +20,7 @@ from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, 
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
+from srrl_jax.training.lessons import with_replies
 from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
 
 
@@ -104,10 +105,11 @@ class Learner:
     ) -> list[UpdateBatch]:
         """The batches of a step's updates, on the mesh; `scored`, `advantages` [N, G]."""
         rollout, optimizer = self._config.rollout, self._config.optimizer
+        groups, scored, taught = with_replies(tasks, groups, scored, self._config.data.teacher_loss)
         prompts = [task.prompt for task in tasks]
         batch = pack_groups(prompts, groups, scored, rollout.prompt_buckets, rollout.completion_buckets)
         parts = split_batch(
-            batch._replace(advantages=advantages), optimizer.minibatches, optimizer.microbatch
+            batch._replace(advantages=advantages, taught=taught), optimizer.minibatches, optimizer.microbatch
         )
         return [place_batch(part, self._mesh, row_axis=1) for part in parts]
 

@@ -23,7 +23,7 @@ from srrl_jax.training.experience import SelfRewarder, Task
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.mfu import update_mfu
-from srrl_jax.training.monitor import eval_metrics, judges_of, open_teacher
+from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, judges_of, open_teacher
 from srrl_jax.training.own import GraderFunction, Reward, bring
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
@@ -109,8 +109,8 @@ def train(
                 grader = judge(config.judge, weights, grade_key)
                 with session.phase("grade") as on_wave:
                     graded = rewarder.grade(grader, tasks, groups, on_wave)
-                longest = config.rollout.max_new_tokens
-                rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward)
+                longest, keys = config.rollout.max_new_tokens, (config.seed, step)
+                rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward, keys)
                 return groups, graded, rewards
 
             def evaluate(step: int) -> tuple[dict, list]:
@@ -118,13 +118,16 @@ def train(
                 weights = policy()
                 with session.phase("eval") as on_wave:
                     groups = rewarder.rollout(weights, held_out, config.eval.samples, rollout_key, on_wave)
-                graded = {}
+                graded, controlled = {}, {}
                 for name in judges_of(config):  # "self" first, while there are its weights
                     grader = judge(name, weights, grade_key)
                     with session.phase("eval") as on_wave:
                         graded[name] = rewarder.grade(grader, held_out, groups, on_wave)
+                        if name == "self":
+                            controls = control_items(held_out, graded[name], config.eval.controls)
+                            controlled = control_metrics(grader.grade(controls)) if controls else {}
                 samples = sample_rows("eval", held_out, groups, graded.pop("self"), others=graded)
-                return eval_metrics(samples), samples
+                return eval_metrics(samples) | controlled, samples
 
             if session.fresh and held_out:
                 session.write(0, state, *evaluate(0))

@@ -3,6 +3,9 @@
 The live policy is both pupil and judge, so its score can rise because its answers got better or because
 its judgement got laxer. A frozen copy at the starting weights has the same skill and cannot drift; a
 teacher has another skill. Where the live score leaves theirs behind, the judge has moved.
+
+Controls need no other judge: criteria are also graded on answers that cannot meet them. Only those with
+positive points are, since an empty answer may well meet one about what it lacks.
 """
 
 import math
@@ -12,9 +15,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from srrl_jax.grading import Teacher
+from srrl_jax.grading import GradingItem, Teacher, Verdict
 from srrl_jax.rubrics import Criterion, score_response
 from srrl_jax.training.config import EvalConfig, TrainConfig
+from srrl_jax.training.experience import Graded, Task
 
 JUDGES = ("frozen", "teacher", "own")  # beside the live policy
 _CAUSES = {
@@ -73,11 +77,38 @@ def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
     }
 
 
+def control_items(tasks: Sequence[Task], graded: Sequence[Sequence[Graded]], rows: int) -> list[GradingItem]:
+    """The positive criteria of the first `rows` tasks, on the empty answer, then on the next task's."""
+    rubrics = [[c for c in task.example.rubrics if c.points > 0] for task in tasks[:rows]]
+    following = [graded[(i + 1) % len(tasks)][0].response for i in range(len(rubrics))]
+    return [
+        GradingItem(task.example.prompt, answer, criteria)
+        for answers in ([""] * len(rubrics), following)
+        for task, answer, criteria in zip(tasks[:rows], answers, rubrics, strict=True)
+    ]
+
+
+def control_metrics(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
+    """Shares "met" of the readable verdicts on `control_items`.
+
+    grader/control_met_rate is that on empty answers, where an honest grader has 0;
+    grader/control_met_rate_other that on answers to another prompt, which may meet general criteria.
+    """
+    half = len(verdicts) // 2
+    names = {"": verdicts[:half], "_other": verdicts[half:]}
+    return {
+        f"grader/control_met_rate{name}": _mean([v.met for row in rows for v in row if v.met is not None])
+        for name, rows in names.items()
+        if rows
+    }
+
+
 def parting(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
     """A warning for each judge whose score and the live policy's are further apart than `config.margin`.
 
     And one where the frozen start agrees with fewer verdicts than `config.agreement`: what one finds too
     good and what it finds too bad may cancel in the scores.
+    And one where more criteria than `config.control_met` are met by an empty answer.
     """
     live, messages = metrics.get("eval/self", math.nan), []
     agreed = metrics.get("grader/agreement_frozen", math.nan)
@@ -85,6 +116,13 @@ def parting(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
         messages.append(
             f"the policy and its frozen start agree on {agreed:.3f} of the verdicts on held-out answers: "
             f"fewer than eval.agreement ({config.agreement:g}). {_CAUSES['frozen']}; read the eval samples"
+        )
+    controlled = metrics.get("grader/control_met_rate", math.nan)
+    if controlled > config.control_met:
+        messages.append(
+            f"the policy grades {controlled:.3f} of the criteria as met by an empty answer: more than "
+            f"eval.control_met ({config.control_met:g}). Likely cause: it says met to whatever it is asked; "
+            "another grading.template, lessons (data.teacher) or a larger model help"
         )
     for name, who in (("frozen", "its frozen start"), ("teacher", "the teacher")):
         score = metrics.get(f"eval/{name}", math.nan)

@@ -96,7 +96,13 @@ def replay(
             groups = read_tokens(tokens_path(run_dir, current), [row["truncated"] for row in rows])
             graded = _graded(rows, config.group_size)
             rewards = training_rewards(
-                batch_tasks, groups, graded, config.reward, config.rollout.max_new_tokens, own.reward
+                batch_tasks,
+                groups,
+                graded,
+                config.reward,
+                config.rollout.max_new_tokens,
+                own.reward,
+                (config.seed, current),
             )
             advantages, scored = relative_rewards(rewards, config.loss, config.reward)
             minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)

@@ -19,12 +19,14 @@ def training_rewards(
     config: RewardConfig,
     longest: int,
     reward: Reward = rubric_reward,
+    keys: Sequence[int] = (),
 ) -> np.ndarray:
     """float32 [N, G]; NaN where a completion has no reward, or is truncated and `overlong` is "mask".
 
     Args:
       longest: limit of a completion, in tokens.
       reward: of one's own, of what is no lesson; process 0 calls it.
+      keys: seed and step, from which `criteria_dropout` draws.
     Raises:
       InputError: it does not give one finite number for each response.
     """
@@ -32,7 +34,12 @@ def training_rewards(
         [
             group_rewards(
                 task.example.rubrics,
-                [[v.probability if config.soft else v.met for v in g.verdicts] for g in row],
+                _with_dropout(
+                    [[v.probability if config.soft else v.met for v in g.verdicts] for g in row],
+                    task,
+                    config.criteria_dropout,
+                    keys,
+                ),
                 positive_only=config.criteria == "positive",
                 drop_unvarying=config.drop_unvarying,
                 axis_weights=config.axis_weights,
@@ -61,6 +68,19 @@ def training_rewards(
     if config.overlong == "mask":
         rewards[cut] = np.nan
     return rewards
+
+
+def _with_dropout(
+    verdicts: list[list], task: Task, share: float, keys: Sequence[int]
+) -> list[list[bool | float | None]]:
+    """Verdicts of a group without those on a share of the criteria: unread, they do not count.
+
+    Where no criterion with positive points is left, all stay: there would be no reward.
+    """
+    kept = np.random.default_rng([*keys, task.row]).random(len(task.example.rubrics)) >= share
+    if not any(keep and c.points > 0 for keep, c in zip(kept, task.example.rubrics, strict=True)):
+        return verdicts
+    return [[met if keep else None for met, keep in zip(row, kept, strict=True)] for row in verdicts]
 
 
 def without_variance(rewards: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ class Session:
       fresh: whether nothing has been done at all, not even the evaluation before the first step.
       times: of the step under way, to be added to.
       skips: the updates that were skipped.
+      warned: whether the last evaluation ends the run, see `eval.stop_on_warning`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Session:
         self._config, self._changes = config, changes
         self._identity, self._callbacks = identity, callbacks
         self._run_dir = storage.locate(config.run_dir)
-        self.step, self.fresh = 0, True
+        self.step, self.fresh, self.warned = 0, True, False
         self.times: dict[str, float] = {}
         self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
         self._saved: int | None = None
@@ -106,8 +107,16 @@ class Session:
         return self._state
 
     def remaining(self) -> Iterator[int]:
-        """The steps that are to be done. Those of `profile` are traced into `run_dir/profile`."""
+        """The steps that are to be done, up to a warning where it ends the run.
+
+        Those of `profile` are traced into `run_dir/profile`.
+        """
         for step in range(self.step + 1, self._config.steps + 1):
+            if self.warned:
+                self._event(
+                    "stopped", "by eval.stop_on_warning; the same command goes on to the next evaluation"
+                )
+                return
             traced = step in self._config.profiled
             with jax.profiler.trace(self._run_dir / "profile") if traced else nullcontext():
                 yield step
@@ -160,13 +169,14 @@ class Session:
         Raises:
           InputError: the disk is full, or the last updates were all skipped.
         """
+        parted = parting(metrics, self._config.eval)
+        self.warned = self._config.eval.stop_on_warning and bool(parted) and step > 0
         if is_main():
             with self._disk_errors():
                 if groups is not None:
                     write_tokens(tokens_path(self._run_dir, step), groups)
                 self.log.write(step, metrics, samples, self.times)
                 missed = self._trackers.write(step, metrics | self.times, samples)
-                parted = parting(metrics, self._config.eval)
                 for message in [*new_warnings(metrics, self._metrics), *parted, *missed]:
                     self._event("warning", message, step)
             for callback in self._callbacks:
@@ -175,7 +185,7 @@ class Session:
         self.times.clear()  # so the next line tells how long this checkpoint took
         self.step, self._state, self._metrics, self.fresh = step, state, metrics, False
         self.skips.check()
-        if step % self._config.checkpoint.every == 0 or step == self._config.steps:
+        if step % self._config.checkpoint.every == 0 or step == self._config.steps or self.warned:
             self._save()
 
     def _save(self) -> None:

@@ -16,6 +16,7 @@ from srrl_jax.losses import (
     sequence_log_ratios,
     token_weights,
     weighted_sum,
+    with_lessons,
 )
 from srrl_jax.models import branch_logprobs
 from srrl_jax.training.batch import UpdateBatch
@@ -82,8 +83,11 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
             loss = loss + config.kl_coef * values["kl"]
         if c.entropy_coef > 0:
             loss = loss - c.entropy_coef * entropy
+        if config.data.teacher_loss != "grpo":
+            loss = with_lessons(loss, logprobs, batch.taught)
         loss = weighted_sum(loss, weights)
-        gap = jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0)
+        # What a teacher wrote was not sampled, so there is nothing to compare it with.
+        gap = jnp.where(batch.mask & ~batch.taught[..., None], jnp.abs(logprobs - batch.logprobs), 0.0)
         values |= {"entropy": entropy, "logprob_diff/mean": gap}
         means = {name: weighted_sum(value, share) for name, value in values.items()}
         if load is not None:

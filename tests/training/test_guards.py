@@ -27,7 +27,9 @@ def test_a_sign_is_told_once_an_occurrence(name):
 def batch():
     tree = TreeBatch(np.zeros((1, 2), int), np.ones(1, int), np.zeros((1, 2, 3), int), np.ones((1, 2), int))
     per_token = np.ones((1, 2, 3))
-    return UpdateBatch(tree, per_token > 0, per_token, per_token, np.full((1, 2), np.nan), per_token)
+    return UpdateBatch(
+        tree, per_token > 0, per_token, per_token, np.full((1, 2), np.nan), per_token, per_token[..., 0] > 0
+    )
 
 
 def test_a_finite_update_ends_a_row_of_skipped_ones(tmp_path):

@@ -4,17 +4,19 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader
-from srrl_jax.grading.asking import SKELETON, GradingItem
+from srrl_jax.grading.asking import GradingItem
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, parse_verdict
+from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs, oracle
 from srrl_jax.training import train
-from srrl_jax.training.lessons import load_lessons, with_lessons
+from srrl_jax.training.lessons import load_lessons, with_lessons, with_replies
 from srrl_jax.training.replay import replay
 
 CHECKPOINT = "srrl_jax/tinyworld/checkpoint"
@@ -78,6 +80,44 @@ def test_a_share_of_all_prompts_are_lessons(recipe, graded, tmp_path):
     assert with_lessons("abcd", lessons, config, 17) == steps[17]
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_teachers_reply_takes_the_place_of_the_last_completion(recipe, graded, tmp_path, forced):
+    rows = [graded_row(0, True), graded_row(1, False)]
+    for row in rows:
+        row["verdicts"][0]["explanation"] = "so ."
+    config = recipe(tmp_path, LONG, f"grading.verdict={'constrained' if forced else 'generate'}")
+    lessons, grader = lessons_of(config, graded(rows))
+    for lesson in lessons:
+        *reply, stop = lesson.reply
+        said = grader.tokenizer.decode(reply)
+        assert parse_verdict(lesson.opening + said) is lesson.met
+        assert ('"so ."' in said) is not forced and stop == grader.tokenizer.stop_ids[0]
+
+    own = Completion(np.array([7]), np.array([-1.0]), False)
+    tasks, groups = [lessons[0]._replace(met=None), *lessons], [[own, own]] * 3
+    scored = np.array([[True, True], [True, True], [False, False]])
+    for how, counts in {
+        "grpo": scored,
+        "both": [[1, 1], [1, 1], [0, 1]],
+        "sft": [[1, 1], [0, 1], [0, 1]],
+    }.items():
+        given, counted, taught = with_replies(tasks, groups, scored, how)
+        np.testing.assert_array_equal(counted, counts)
+        np.testing.assert_array_equal(taught, [[0, 0], *[[0, how != "grpo"]] * 2])
+        last = [tuple(group[-1].tokens) for group in given]
+        assert last == ([(7,)] * 3 if how == "grpo" else [(7,), *(lesson.reply for lesson in lessons)])
+        assert all(group[0] is own for group in given)
+
+
+def test_a_reply_over_the_limit_is_refused(recipe, graded, tmp_path):
+    row = graded_row(0, True)
+    row["verdicts"][0]["explanation"] = "word " * 80
+    with pytest.raises(
+        InputError, match=r"object 1: the teacher's reply takes .* over rollout\.max_new_tokens"
+    ):
+        lessons_of(recipe(tmp_path, LONG, "data.teacher_loss=sft"), graded([row]))
+
+
 @pytest.mark.parametrize("verdict", ["generate", "constrained"])
 def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, quick_compile, graded, verdict, tmp_path):
     run = tmp_path / "run"
@@ -86,11 +126,11 @@ def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, quick_compile, 
     )
     rows = read_jsonl(run / "samples.jsonl")
     taught = [row for row in rows if row["split"] == "lesson"]
-    forced = SKELETON if verdict == "constrained" else ""
+    opening = lessons_of(recipe(tmp_path, LONG, f"grading.verdict={verdict}"), graded())[0][0].opening
     assert len(taught) == len(rows) / 2 == 4
     truth = {f"lesson:p{i}": oracle(r, c.criterion) for i, (_, r, c, _) in enumerate(grader_pairs()[:8])}
     for row in taught:
-        said = parse_verdict(forced + row["completion"])
+        said = parse_verdict(opening + row["completion"])
         assert row["reward"] == (said is truth[row["prompt_id"].rpartition(":")[0]])
     metrics = read_jsonl(run / "metrics.jsonl")
     for step in metrics:

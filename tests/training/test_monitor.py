@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
+from srrl_jax.grading import Verdict
+from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.report import write_report
 from srrl_jax.tinyworld import oracle_score
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.config import EvalConfig
-from srrl_jax.training.monitor import eval_metrics, parting
+from srrl_jax.training.experience import Graded, Task
+from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, parting
 
 
 def row(*criteria: tuple[str, float, bool | None, bool | None], tokens: int = 10) -> dict:
@@ -66,6 +69,37 @@ def test_verdicts_may_part_where_scores_do_not():
     assert not parting(metrics, EvalConfig(agreement=0.7))
 
 
+def test_controls_ask_for_positive_criteria_on_answers_that_cannot_meet_them():
+    rubric = (Criterion("good", 5), Criterion("bad", -5))
+    tasks = [
+        Task(Example(({"role": "user", "content": p},), rubric, p), [1], "", i) for i, p in enumerate("abc")
+    ]
+    graded = [[Graded("", f"answer to {task.example.prompt_id}", [], 0)] for task in tasks]
+    items = control_items(tasks, graded, 2)
+    assert [item.response for item in items] == ["", "", "answer to b", "answer to c"]
+    assert all(list(item.criteria) == [rubric[0]] for item in items)
+    assert control_items(tasks, graded, 0) == []
+    verdicts = [[Verdict(met, "", 1, 1)] for met in (True, None, True, False)]
+    assert control_metrics(verdicts) == {"grader/control_met_rate": 1, "grader/control_met_rate_other": 0.5}
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(0.2, 0), (0.21, 1), (math.nan, 0)])
+def test_a_grader_that_finds_empty_answers_good_is_warned_of(rate, warned):
+    messages = parting({"grader/control_met_rate": rate}, EvalConfig(control_met=0.2))
+    assert len(messages) == warned
+    assert all("met by an empty answer" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_a_warning_ends_the_run_where_it_is_asked_to(recipe, quick_compile, tmp_path, logs):
+    keys = (*EVAL, "steps=3", "eval.every=1", "eval.agreement=1.1")  # which warns always
+    train(recipe(tmp_path, *keys, "eval.stop_on_warning=true"))
+    assert logs(tmp_path)[0][-1]["step"] == 1 and (tmp_path / "checkpoints" / "1").is_dir()
+    assert read_jsonl(tmp_path / "events.jsonl")[-1]["kind"] == "stopped"
+    train(recipe(tmp_path, *keys))
+    assert logs(tmp_path)[0][-1]["step"] == 3
+
+
 @pytest.fixture
 def teacher(oracle_server, tmp_path) -> list[str]:
     """Overrides that give a run the oracle as its teacher."""
@@ -106,7 +140,7 @@ def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_
     assert [row["step"] for row in parted] == [2]
     shown = capsys.readouterr().out
     assert all(row["message"] in shown for row in warnings)
-    train(recipe(calm, *overrides, "eval.margin=1000", "eval.agreement=0"))
+    train(recipe(calm, *overrides, "eval.margin=1000", "eval.agreement=0", "eval.control_met=1"))
     assert (calm / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert not any(row["message"].count("eval.") for row in read_jsonl(calm / "events.jsonl"))
     page = write_report(run).read_text()

@@ -193,6 +193,7 @@ KEYS = {
     "reward.criteria": Key("positive", rewards),
     "reward.soft": Key("true", rewards),
     "reward.drop_unvarying": Key("true", rewards, ("loss.advantage=mean",)),
+    "reward.criteria_dropout": Key("0.6", rewards),
     "reward.axis_weights": Key("{{accuracy: 0.1}}", rewards),
     "reward.overlong": Key("mask", rewards),
     "reward.overlong_buffer": Key("60", rewards),
@@ -257,6 +258,7 @@ RUNS = {
     "eval.every": ("1", lambda seen: sum("eval/self" in row for row in seen.metrics), 2, 4),
     "eval.rows": ("3", lambda seen: len(seen.prompts("eval")), 2, 3),
     "eval.samples": ("2", lambda seen: len(seen.first("eval")) / len(seen.prompts("eval")), 1, 2),
+    "eval.controls": ("0", lambda seen: "grader/control_met_rate" in seen.metrics[0], True, False),
     "eval.frozen": ("false", lambda seen: "eval/frozen" in seen.metrics[0], True, False),
     "profile": ("[2]", lambda seen: len(list(seen.run_dir.glob("profile/**/*.xplane.pb"))), 0, 1),
 }
@@ -268,8 +270,8 @@ ELSEWHERE = {
     "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",
     "grader",  # test_experience.py
     "reward.function",  # test_own.py
-    "teacher", "eval.margin", "eval.agreement",  # test_monitor.py
-    "data.teacher", "data.teacher_share",  # test_lessons.py
+    "teacher", "eval.margin", "eval.agreement", "eval.control_met", "eval.stop_on_warning",  # test_monitor.py
+    "data.teacher", "data.teacher_share", "data.teacher_loss",  # test_lessons.py
     "lora.rank", "lora.alpha", "lora.targets",  # test_lora.py
     "optimizer.max_skipped",  # test_guards.py
     "checkpoint.best",  # test_checkpoint.py

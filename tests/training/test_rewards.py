@@ -18,10 +18,10 @@ VERDICTS = [(True, True, False), (False, True, False), (True, True, True), (None
 LENGTHS = [10, 20, 30, 40]  # the last is cut off
 
 
-def rewards(verdicts=VERDICTS, **options):
+def rewards(verdicts=VERDICTS, step=0, **options):
     group = [Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), n == 40) for n in LENGTHS]
     graded = [Graded("", "", [Verdict(met, "", 1, 1) for met in row], None) for row in verdicts]
-    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(**options), longest=40)
+    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(**options), longest=40, keys=(0, step))
     assert row.dtype == np.float32
     return row
 
@@ -47,8 +47,16 @@ def test_soft_rewards_count_probabilities():
     ]
     group = [Completion(np.zeros(5, np.int32), np.zeros(5, np.float32), False)]
     graded = [Graded("", "", row, None) for row in verdicts]
-    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(soft=True), longest=40)
+    (row,) = training_rewards([TASK], [group], [graded], RewardConfig(soft=True), longest=40, keys=(0, 0))
     np.testing.assert_allclose(row, [(6 * 0.75 + 4 * 0.25 - 5 * 0.5) / 10])
+
+
+def test_dropout_leaves_criteria_out_for_a_whole_group_by_step():
+    """Without "right": 1, 1, 0.25; without "kind": 1, 0, 1 / 6; and so on: never a mixture of two rubrics."""
+    whole = {(1, 0.4, 0.5), (1, 0.4, 1), (1, 1, -0.25), (1, 1, 1), (1, 0, 1 / 6), (1, 0, 1)}
+    seen = [rewards(step=step, criteria_dropout=0.5)[:3] for step in range(60)]
+    assert {tuple(np.round(row, 5)) for row in seen} == {tuple(np.float32(np.round(row, 5))) for row in whole}
+    np.testing.assert_array_equal(seen[7], rewards(step=7, criteria_dropout=0.5)[:3])
 
 
 def test_masking_takes_a_truncated_completion_out():

@@ -116,6 +116,17 @@ def test_a_completion_without_a_reward_teaches_nothing(batch, learn):
     assert learn(counted)[1]["loss"] != metrics["loss"]
 
 
+def test_what_is_taught_is_learnt_by_cross_entropy_whatever_its_advantage(batch, learn):
+    taught = np.zeros((4, 2), bool)
+    taught[1, 0] = True
+    only = batch._replace(mask=batch.mask & taught[..., None], taught=taught)
+    change, metrics = learn(only, "data.teacher_loss=sft", microbatch=1)
+    np.testing.assert_allclose(metrics["loss"], -batch.logprobs[only.mask].mean(), rtol=1e-4)
+    other = only._replace(advantages=np.zeros((4, 2), np.float32), old_logprobs=batch.logprobs - 3)
+    assert_close(change, learn(other, "data.teacher_loss=sft", microbatch=1)[0], tolerance=0)
+    assert metrics["logprob_diff/max"] == 0  # nothing of it was sampled
+
+
 def test_padding_teaches_nothing(batch, learn):
     other = jax.tree.map(np.copy, batch)
     prefix_padding = np.arange(4) >= other.tree.prefix_lengths[:, None]
