@@ -59,57 +59,16 @@ def fetch(path: Path) -> None:
 
 
 def derive(out: Path) -> None:
-    """Writes the side files from the GGUF metadata: byte-level BPE as SmolLM2 has it."""
+    """Writes the side files from the GGUF metadata."""
     if all((out / name).exists() for name in SIDE_FILES):
         return
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     from srrl_jax.models import gguf
+    from srrl_jax.models.gguf_tokenizer import write_tokenizer
 
     print("derive config, tokenizer and chat template from the GGUF file", flush=True)
-    fields = GGUFReader(out / GGUF).fields
-
-    def field(name: str):
-        return fields[f"tokenizer.{name}"].contents()
-
-    tokens, kinds = field("ggml.tokens"), field("ggml.token_type")
-    bpe = models.BPE(
-        {token: i for i, token in enumerate(tokens)},
-        [tuple(merge.split(" ")) for merge in field("ggml.merges")],
-    )
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
-    tokenizer.save(str(out / "tokenizer.json"))
-
-    names = ("bos", "eos", "unknown", "padding")
-    bos, eos, unk, pad = (tokens[field(f"ggml.{name}_token_id")] for name in names)
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "bos_token": bos,
-            "eos_token": eos,
-            "unk_token": unk,
-            "pad_token": pad,
-        },
-    )
-    (out / "chat_template.jinja").write_text(field("chat_template"), encoding="utf-8")
+    write_tokenizer(out / GGUF, out)
     config, _ = gguf.read(out / GGUF)
-    write_json(out / "config.json", config.to_hf())
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ class RopeScaling:
     Attributes:
       rope_type: "linear" divides every frequency by `factor`; "yarn" (arXiv 2309.00071) only those that
         turn less than `beta_slow` times over the original length, leaves those that turn more than
-        `beta_fast` times, and blends in between. The rest of the fields is for yarn.
+        `beta_fast` times, and blends in between. "llama3" (arXiv 2407.21783) does so by `low_freq_factor` and
+        `high_freq_factor`, and blends otherwise. The rest of the fields is for yarn.
       original_max_position_embeddings: positions of pretraining.
       attention_factor: scale of cosines and sines.
       truncate: whether the bounds of the blend are rounded outwards to whole dimensions.
@@ -31,10 +32,16 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
     def to_hf(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        return fields if self.rope_type == "yarn" else {key: fields[key] for key in ("rope_type", "factor")}
+        turns = ["low_freq_factor", "high_freq_factor"]
+        if self.rope_type == "yarn":
+            return {key: value for key, value in fields.items() if key not in turns}
+        more = ["original_max_position_embeddings", *turns] if self.rope_type == "llama3" else []
+        return {key: fields[key] for key in ("rope_type", "factor", *more)}
 
 
 def read_rope(
@@ -43,7 +50,7 @@ def read_rope(
     """Takes theta and scaling out of `fields`: the flat form, or the nested one of transformers 5.
 
     Raises:
-      InputError: a type other than default, linear and yarn, or a field that its type does not have
+      InputError: a type other than default, linear, yarn and llama3, or a field that its type does not have
         (the message starts with `where` and names it).
     """
     theta = fields.pop("rope_theta", 10000.0)  # what transformers takes when the file is silent
@@ -55,8 +62,10 @@ def read_rope(
     nested = dict(forms[0]) if forms else {}
     kind = nested.pop("type", "default")
     kind = nested.pop("rope_type", kind)
-    if kind not in ("default", "linear", "yarn"):
-        raise InputError(f"{where}: rope type {kind!r} is not supported; only default, linear and yarn are")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise InputError(
+            f"{where}: rope type {kind!r} is not supported; only default, linear, yarn and llama3 are"
+        )
 
     def number(key: str, value: Any, above: float = 0.0) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
@@ -67,6 +76,16 @@ def read_rope(
     scaling = None
     if kind == "linear":
         scaling = RopeScaling("linear", number("factor", nested.pop("factor", None)))
+    elif kind == "llama3":
+        length = nested.pop("original_max_position_embeddings", max_position_embeddings)
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        factor, low, high = (number(name, nested.pop(name, None)) for name in names)
+        if not low < high:
+            raise InputError(
+                f"{where}: low_freq_factor of the rope parameters must be below high_freq_factor"
+            )
+        length = int(number("original_max_position_embeddings", length))
+        scaling = RopeScaling("llama3", factor, length, low_freq_factor=low, high_freq_factor=high)
     elif kind == "yarn":
         original = number(
             "original_max_position_embeddings",
@@ -116,6 +135,19 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.
         return plain
     if scaling.rope_type == "linear":
         return plain / np.float32(scaling.factor)
+
+    if scaling.rope_type == "llama3":
+        length, low, high = map(
+            np.float32,
+            (scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor),
+        )
+        # torch divides a number by an array by way of its reciprocal.
+        wavelength, factor = one / plain * np.float32(2 * math.pi), np.float32(scaling.factor)
+        kept = one / wavelength * length - low
+        kept /= np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
+        blended = (one - kept) * plain / factor + kept * plain
+        slow, fast = wavelength > length / low, wavelength < length / high
+        return np.where(slow, plain / factor, np.where(fast, plain, blended))
 
     def dimension(turns: float) -> float:
         """Where a frequency makes so many turns over the original length."""

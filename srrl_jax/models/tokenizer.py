@@ -3,6 +3,7 @@
 import abc
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from srrl_jax.errors import InputError
 from srrl_jax.models.files import checkpoint_directory, on_disk, read_json
+from srrl_jax.models.gguf_tokenizer import write_tokenizer
 from srrl_jax.models.quoting import control_pattern, quote, unquoted
 
 # What a checkpoint has beside its weights, as globs.
@@ -73,7 +75,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Loads the tokenizer of a directory (of a disk or an object store) or hub id.
 
     `tokenizer.json` is read by transformers' `AutoTokenizer` (never with remote code), a lone
-    `tokenizer.model` by SentencePiece.
+    `tokenizer.model` by SentencePiece. Where neither lies beside a GGUF file, its metadata is read.
 
     Raises:
       InputError: neither file is there or readable, or there is no chat template or stop token.
@@ -83,10 +85,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             return _HuggingFace(directory)
         if (directory / "tokenizer.model").exists():
             return _SentencePiece(directory)
-        raise InputError(
-            f"{directory}: no tokenizer; put tokenizer.json or tokenizer.model there (from the "
-            "original checkpoint if the weights are a GGUF file)"
-        )
+    with on_disk(checkpoint_directory(source, ("*.gguf",)), ("*.gguf",)) as directory:
+        files = sorted(directory.glob("*.gguf"))
+        if not files:
+            raise InputError(
+                f"{source}: no tokenizer; put tokenizer.json or tokenizer.model of the checkpoint there"
+            )
+        with tempfile.TemporaryDirectory() as written:
+            write_tokenizer(files[0], Path(written))
+            found = _HuggingFace if (Path(written) / "tokenizer.json").exists() else _SentencePiece
+            return found(Path(written))
 
 
 class _HuggingFace(Tokenizer):

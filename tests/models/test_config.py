@@ -171,7 +171,7 @@ def test_nested_rope_of_transformers_5():
         ({**MOE, "shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
         ({**MOE, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized safetensors are not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_scaling": {"type": "yarn"}}, "factor"),
