@@ -20,6 +20,10 @@ def group_advantages(
     - "mean": r_i - mean r, Dr. GRPO (2503.20783) section 3.2;
     - "leave_one_out": r_i - mean of the others = (r_i - mean r) k / (k - 1), RLOO (2402.14740) eq. 8.
 
+    >>> rewards = np.array([[1.0, 0.0, 0.5]])  # of one prompt's three responses
+    >>> group_advantages(rewards, how="mean").tolist()
+    [[0.5, -0.5, 0.0]]
+
     A response without a reward (no scorable criterion) stays out of its group's baseline.
 
     Args:

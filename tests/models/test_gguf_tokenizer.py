@@ -52,7 +52,9 @@ def from_tokenizer_json(path, directory):
     tokens = sorted(vocabulary, key=vocabulary.get)
     types = [(3 if added[t]["special"] else 4) if t in added else 1 for t in tokens]
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
-    template = (directory / "chat_template.jinja").read_text()
+    file = directory / "chat_template.jinja"
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    template = file.read_text() if file.exists() else config["chat_template"]
     stop = vocabulary["<|im_end|>"]
     write(path, tokens=tokens, types=types, merges=merges, template=template, eos=stop, pad=stop)
 
