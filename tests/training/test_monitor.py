@@ -95,7 +95,7 @@ def test_a_warning_ends_the_run_where_it_is_asked_to(recipe, quick_compile, tmp_
     keys = (*EVAL, "steps=3", "eval.every=1", "eval.agreement=1.1")  # which warns always
     train(recipe(tmp_path, *keys, "eval.stop_on_warning=true"))
     assert logs(tmp_path)[0][-1]["step"] == 1 and (tmp_path / "checkpoints" / "1").is_dir()
-    assert read_jsonl(tmp_path / "events.jsonl")[-1]["kind"] == "stopped"
+    assert read_jsonl(tmp_path / "events.jsonl")[-1]["event"] == "stopped"
     train(recipe(tmp_path, *keys))
     assert logs(tmp_path)[0][-1]["step"] == 3
 
