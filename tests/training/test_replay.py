@@ -50,7 +50,9 @@ def test_every_step_is_the_same_to_the_bit(finished, step, start):
     found, started = replay(finished, step)
     assert [row for row in found if row.verdict != "same"] == []
     logged = json.loads((finished / "metrics.jsonl").read_text().splitlines()[step])
-    assert {row.name for row in found} >= set(logged) - {"step", "lr"}
+    # Verdicts on controls are not kept in the logs, so nothing computes their rates again.
+    again = {name for name in logged if not name.startswith("grader/control_met_rate")}
+    assert {row.name for row in found} >= again - {"step", "lr"}
     assert started == start
 
 
