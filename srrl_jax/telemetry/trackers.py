@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import yaml
 from etils import epath
@@ -83,11 +83,7 @@ class WandB:
         )
 
     def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict]) -> None:
-        columns = sample_table(samples)
-        table = self._table(
-            columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)]
-        )
-        self._run.log(metrics | {"samples": table}, step=step)
+        self._run.log(metrics | {"samples": _table(self._table, samples)}, step=step)
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -133,14 +129,16 @@ class Trackio:
         self._run = trackio.init(project=PROJECT, name=self.id, config=config, resume="allow", embed=False)
 
     def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict]) -> None:
-        columns = sample_table(samples)
-        table = self._table(
-            columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)]
-        )
-        self._run.log(metrics | {"samples": table}, step=step)
+        self._run.log(metrics | {"samples": _table(self._table, samples)}, step=step)
 
     def close(self, failed: bool) -> None:
         self._run.finish()
+
+
+def _table(kind: type, samples: Sequence[dict]) -> Any:
+    """The samples as the table of a library that takes columns and rows."""
+    columns = sample_table(samples)
+    return kind(columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)])
 
 
 # The class of each name, and what its library is imported as.
