@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,8 +198,8 @@ def _sure(met: bool) -> Verdict:
 def _check_rows(rows: list[Any]) -> None:
     if not rows or not all(isinstance(row, Example) for row in rows):
         raise InputError("rows: must be at least one srrl_jax.rubrics.Example, see Example.from_dict")
-    ids = [row.prompt_id for row in rows]
-    if repeated := next((name for name in ids if ids.count(name) > 1), None):
+    (repeated, times), *_ = Counter(row.prompt_id for row in rows).most_common(1)
+    if times > 1:
         raise InputError(f"rows: prompt_id {repeated!r} is there twice; give each row its own")
 
 
