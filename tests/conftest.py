@@ -261,17 +261,6 @@ def full_compile():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Nothing; all tests compile quickly."""
-
-
-@pytest.fixture(scope="session")
-def quick_child() -> str:
-    """Nothing; processes inherit the environment."""
-    return ""
-
-
 @pytest.fixture(scope="session")
 def next_logits():
     """Logits [V] after a sequence, which padding on the right brings to one of few compiled sizes."""

@@ -18,7 +18,6 @@ from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import oracle, oracle_score
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 HARD = WORLD / "hard.jsonl"
 

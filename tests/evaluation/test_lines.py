@@ -8,7 +8,6 @@ import pytest
 
 from srrl_jax import cli
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 MODEL = str(WORLD / "checkpoint")
 GRADE = ("--template", str(WORLD / "grader.txt"), "--verdict", "logits", "--batch", "4")

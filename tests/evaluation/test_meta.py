@@ -15,7 +15,6 @@ from srrl_jax.rubrics import Criterion
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs, oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 HI = ({"role": "user", "content": "hi"},)
 

@@ -16,7 +16,6 @@ from srrl_jax.rubrics import Criterion, criterion_prompt, grader_prompt, load_te
 from srrl_jax.sampling import Buckets, Completion, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 YES, NO, MUMBLE = '{"criteria_met": true}', '{"explanation": "why", "criteria_met": false}', "hm"
 

@@ -77,3 +77,27 @@ def logs():
         return read_jsonl(Path(run_dir) / "metrics.jsonl"), read_jsonl(Path(run_dir) / "samples.jsonl")
 
     return read
+
+
+@pytest.fixture(scope="module")
+def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
+    """Files that values in the tables of keys stand for."""
+    directory = tmp_path_factory.mktemp("files")
+    (directory / "template.txt").write_text("hello .\n\n{conversation}\n\nwhat of {criterion}")
+    # The embedded network with other weights: the same shapes, so nothing compiles anew.
+    model = Qwen3.from_pretrained(WORLD / "checkpoint")
+    model.norm.weight[...] = 0.5 * model.norm.weight[...]
+    for file in asked_to_think.iterdir():
+        (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
+    model.save_pretrained(directory)
+    rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
+    (directory / "rest.jsonl").write_text("".join(rest))
+    asked = [json.dumps(json.loads(line) | {"question": "hello ."}) + "\n" for line in rest]
+    (directory / "asked.jsonl").write_text("".join(asked))
+    return {
+        "rest": str(directory / "rest.jsonl"),
+        "asked": str(directory / "asked.jsonl"),
+        "thinking": str(asked_to_think),
+        "template": str(directory / "template.txt"),
+        "random": str(directory),
+    }

@@ -16,8 +16,6 @@ from srrl_jax.telemetry.report import write_report
 from srrl_jax.training import train
 from srrl_jax.training.export import export, exported
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture
 def no_open_of_gs(monkeypatch):

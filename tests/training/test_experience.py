@@ -16,7 +16,6 @@ from srrl_jax.sampling import Completion, Weights
 from srrl_jax.training import train
 from srrl_jax.training.experience import SelfRewarder, Task
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
 EVAL = (f"data.eval={CHECKPOINT.parent / 'hard.jsonl'}", "eval.rows=2", "eval.samples=2")
 

@@ -67,7 +67,7 @@ def weights(state):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def test_a_step_without_finite_loss_changes_nothing(recipe, quick_compile, spoilt, tmp_path):
+def test_a_step_without_finite_loss_changes_nothing(recipe, spoilt, tmp_path):
     one = train(recipe(tmp_path, *RECIPE, "steps=1"))
     before = weights(one)
     spoilt(1)  # the first that the resumed run computes
@@ -89,9 +89,7 @@ def test_a_step_without_finite_loss_changes_nothing(recipe, quick_compile, spoil
     assert read_jsonl(tmp_path / "metrics.jsonl")[2]["guard/skipped_updates"] == 0
 
 
-def test_too_many_skipped_updates_in_a_row_end_the_run_over_a_resume_too(
-    recipe, quick_compile, spoilt, tmp_path
-):
+def test_too_many_skipped_updates_in_a_row_end_the_run_over_a_resume_too(recipe, spoilt, tmp_path):
     spoilt(2, 3, 4, 5)
     train(recipe(tmp_path, *RECIPE, "steps=2", "optimizer.max_skipped=5"))  # two of step 2
     with pytest.raises(InputError, match=r"6 updates in a row .*optimizer\.max_skipped is 5"):
@@ -100,7 +98,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_over_a_resume_too(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
-def test_a_step_in_vain_is_told_with_its_likely_cause(recipe, quick_compile, tmp_path, capsys):
+def test_a_step_in_vain_is_told_with_its_likely_cause(recipe, tmp_path, capsys):
     train(recipe(tmp_path, "steps=2", "grading.max_new_tokens=3", "rollout.max_new_tokens=2",
                  "rollout.completion_buckets=[2]"))  # fmt: skip
     events = [row for row in read_jsonl(tmp_path / "events.jsonl") if row["event"] == "warning"]

@@ -52,7 +52,7 @@ train(TrainConfig.load(sys.argv[1]))
 
 
 @pytest.fixture(scope="module")
-def start(recipe, quick_child, tmp_path_factory):
+def start(recipe, tmp_path_factory):
     """Starts or resumes a run in a process: (run_dir) -> Popen, with parts on stdout."""
     rows = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:5]
     folder = tmp_path_factory.mktemp("recipes")
@@ -74,7 +74,7 @@ def start(recipe, quick_child, tmp_path_factory):
         path = folder / f"{run_dir.name}.yaml"
         path.write_text(yaml.safe_dump(config.to_dict()))
         return subprocess.Popen(
-            [sys.executable, "-c", quick_child + CHILD, str(path)],
+            [sys.executable, "-c" + CHILD, str(path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

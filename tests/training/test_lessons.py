@@ -119,7 +119,7 @@ def test_a_reply_over_the_limit_is_refused(recipe, graded, tmp_path):
 
 
 @pytest.mark.parametrize("verdict", ["generate", "constrained"])
-def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, quick_compile, graded, verdict, tmp_path):
+def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, graded, verdict, tmp_path):
     run = tmp_path / "run"
     train(
         recipe(run, LONG, f"data.teacher={graded()}", "data.teacher_share=0.5", f"grading.verdict={verdict}")

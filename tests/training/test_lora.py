@@ -14,8 +14,6 @@ from srrl_jax.training import train
 from srrl_jax.training.export import export
 from srrl_jax.training.learner import Learner, network
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LORA = (
     "lora.rank=2",
     "lora.targets=[q_proj, down_proj]",

@@ -30,7 +30,7 @@ print("RESULT" + json.dumps(seen))
 
 
 @pytest.fixture
-def on_devices(quick_child):
+def on_devices():
     """Runs on so many devices: what each logs, or why it was refused.
 
     In a directory of its own, or (`where` is "resume") in `folder` itself.
@@ -40,7 +40,7 @@ def on_devices(quick_child):
         path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(config.to_dict()))
         result = subprocess.run(
-            [sys.executable, "-c", quick_child + CHILD, str(path), json.dumps(runs), str(folder), where],
+            [sys.executable, "-c" + CHILD, str(path), json.dumps(runs), str(folder), where],
             env=os.environ
             | {
                 "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",

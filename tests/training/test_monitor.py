@@ -91,7 +91,7 @@ def test_a_grader_that_finds_empty_answers_good_is_warned_of(rate, warned):
 
 
 @pytest.mark.slow
-def test_a_warning_ends_the_run_where_it_is_asked_to(recipe, quick_compile, tmp_path, logs):
+def test_a_warning_ends_the_run_where_it_is_asked_to(recipe, tmp_path, logs):
     keys = (*EVAL, "steps=3", "eval.every=1", "eval.agreement=1.1")  # which warns always
     train(recipe(tmp_path, *keys, "eval.stop_on_warning=true"))
     assert logs(tmp_path)[0][-1]["step"] == 1 and (tmp_path / "checkpoints" / "1").is_dir()
@@ -123,7 +123,7 @@ def truth_of(row: dict) -> float:
 EVAL = ("data.eval=srrl_jax/tinyworld/hard.jsonl", "eval.rows=4", "eval.samples=2")
 
 
-def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_path, capsys):
+def test_a_run_is_watched_by_all_its_judges(recipe, teacher, tmp_path, capsys):
     run, calm = tmp_path / "run", tmp_path / "calm"
     overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "kl_coef=0"]
     train(recipe(run, *overrides, "eval.margin=0", "eval.agreement=1"))
@@ -148,7 +148,7 @@ def test_a_run_is_watched_by_all_its_judges(recipe, quick_compile, teacher, tmp_
 
 
 def test_a_teacher_can_be_the_grader_and_its_death_costs_nothing_paid(
-    recipe, quick_compile, teacher, oracle_server, tmp_path
+    recipe, teacher, oracle_server, tmp_path
 ):
     knows, run = oracle_server.say, tmp_path / "run"
     overrides = [*teacher, "grader=teacher", "checkpoint.every=1"]

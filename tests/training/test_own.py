@@ -20,8 +20,6 @@ from srrl_jax.training.rewards import training_rewards
 
 from .conftest import WORLD
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def brevity(group):
     return [r - 0.01 * n for r, n in zip(group.rewards, group.lengths, strict=True)]

@@ -64,7 +64,7 @@ print("came to its end")
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, quick_compile, tmp_path_factory) -> Path:
+def whole(recipe, tmp_path_factory) -> Path:
     """The run directory of four steps without a signal."""
     run_dir = tmp_path_factory.mktemp("whole")
     train(recipe(run_dir, *RECIPE))

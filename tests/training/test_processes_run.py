@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def start(recipe, quick_child, tmp_path_factory):
+def start(recipe, tmp_path_factory):
     """Starts `srrl train` in processes over loopback: (run_dir, devices of each, *overrides) -> Popens.
 
     `each` holds overrides of each process.
@@ -49,7 +49,7 @@ def start(recipe, quick_child, tmp_path_factory):
         command = [
             sys.executable,
             "-c",
-            quick_child + "from srrl_jax.cli import main; main()",
+            "from srrl_jax.cli import main; main()",
             "train",
             str(path),
         ]

@@ -4,7 +4,6 @@ What each changes in whole runs is tried in test_recipe_runs.py, which is slow.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +18,6 @@ from flax import nnx
 
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
-from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
@@ -291,30 +289,6 @@ def leaves(kind, path: str = "") -> set[str]:
 
 def test_the_table_has_every_key_of_the_recipe():
     assert sorted(leaves(TrainConfig)) == sorted([*KEYS, *RUNS, *ELSEWHERE])
-
-
-@pytest.fixture(scope="module")
-def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
-    """Files that values of the table stand for."""
-    directory = tmp_path_factory.mktemp("files")
-    (directory / "template.txt").write_text("hello .\n\n{conversation}\n\nwhat of {criterion}")
-    # The embedded network with other weights: the same shapes, so nothing compiles anew.
-    model = Qwen3.from_pretrained(WORLD / "checkpoint")
-    model.norm.weight[...] = 0.5 * model.norm.weight[...]
-    for file in asked_to_think.iterdir():
-        (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
-    model.save_pretrained(directory)
-    rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
-    (directory / "rest.jsonl").write_text("".join(rest))
-    asked = [json.dumps(json.loads(line) | {"question": "hello ."}) + "\n" for line in rest]
-    (directory / "asked.jsonl").write_text("".join(asked))
-    return {
-        "rest": str(directory / "rest.jsonl"),
-        "asked": str(directory / "asked.jsonl"),
-        "thinking": str(asked_to_think),
-        "template": str(directory / "template.txt"),
-        "random": str(directory),
-    }
 
 
 @pytest.fixture(scope="module")

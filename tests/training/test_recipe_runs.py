@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from srrl_jax.models import Qwen3
 from srrl_jax.sampling import Sampler
 from srrl_jax.training import learner, train
 
@@ -256,27 +255,6 @@ KEYS = {
     "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
     "eval.frozen": Key("false", judged_by_frozen, EVAL),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
-    """Files that values of the table stand for."""
-    directory = tmp_path_factory.mktemp("files")
-    (directory / "template.txt").write_text("hello .\n\n{conversation}\n\nwhat of {criterion}")
-    # The embedded network with other weights: the same shapes, so nothing compiles anew.
-    model = Qwen3.from_pretrained(WORLD / "checkpoint")
-    model.norm.weight[...] = 0.5 * model.norm.weight[...]
-    for file in asked_to_think.iterdir():
-        (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
-    model.save_pretrained(directory)
-    rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
-    (directory / "rest.jsonl").write_text("".join(rest))
-    return {
-        "rest": str(directory / "rest.jsonl"),
-        "thinking": str(asked_to_think),
-        "template": str(directory / "template.txt"),
-        "random": str(directory),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from srrl_jax.training import train
 from srrl_jax.training.records import tokens_path
 from srrl_jax.training.replay import replay
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RECIPE = (
     f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
     "eval.rows=2",

@@ -17,8 +17,6 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import train
 from srrl_jax.training.checkpoint import Checkpoints, Position
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = (
     f"data.eval={ROOT / 'srrl_jax/tinyworld/hard.jsonl'}",
@@ -84,7 +82,7 @@ def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupte
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, uninterrupted, quick_child, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, uninterrupted, tmp_path):
     """SIGKILL in step 4, when the log already has step 3 and the last checkpoint is of step 2."""
     config = recipe(tmp_path, *RECIPE, "steps=4")
     recipe_file = tmp_path / "recipe.yaml"
@@ -101,7 +99,7 @@ RunLog.write = slow
 train(TrainConfig.load(sys.argv[1]))
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", quick_child + child, str(recipe_file)],
+        [sys.executable, "-c" + child, str(recipe_file)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

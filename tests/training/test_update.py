@@ -16,8 +16,6 @@ from srrl_jax.training.batch import pack_groups, split_batch
 from srrl_jax.training.config import OptimizerConfig
 from srrl_jax.training.update import completion_logprobs, make_optimizer, make_schedule, make_update
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SGD = optax.sgd(1.0)  # whose step is the gradient
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11], [12]]
 
