@@ -200,7 +200,9 @@ class Session:
 
     def _on_preempted(self, kind: type | None, error: BaseException | None, *_: object) -> None:
         if kind is not Preempted:
-            if error is not None and is_main():
+            # Of several processes another may have been lost first; the run goes on with its next start.
+            told = isinstance(error, InputError) or jax.process_count() == 1
+            if error is not None and told and is_main():
                 with suppress(OSError):  # such as the full disk that ended the run
                     self.log.event(self.step, "failed", f"{kind.__name__}: {error}")
             return
