@@ -61,6 +61,7 @@ def start(recipe, tmp_path_factory):
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(count),
                 "PYTHONPATH": str(ROOT),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as in the runs whose numbers these stand for
             }
             if len(devices) > 1:
                 environment |= {
