@@ -456,3 +456,7 @@ def main() -> None:
     except InputError as error:
         print(f"srrl: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if type(end) is SystemExit and end.code == 130:  # typer's, for Ctrl-C; `train` tells of its own
+            print("srrl: interrupted; what is written stays, and the same command goes on", file=sys.stderr)
+        raise

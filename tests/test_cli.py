@@ -148,6 +148,18 @@ def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):
     assert error.startswith("srrl: ") and str(tmp_path / "none") in error
 
 
+def test_ctrl_c_ends_a_command_with_a_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("srrl_jax.evaluation.lines.sample_file", interrupted)
+    monkeypatch.setattr(sys, "argv", ["srrl", "sample", "model", "in.jsonl", "out.jsonl"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.startswith("srrl: interrupted")
+
+
 def test_an_unexpected_error_is_not_swallowed(monkeypatch):
     from srrl_jax.training import TrainConfig
 

@@ -79,7 +79,8 @@ def _state(
     ago = f"last sign {duration(age)} ago"
     if done >= steps:
         return f"finished, {ago}", "green"
-    if last and last["event"] in ("preempted", "failed") and last["time"] >= max(times).isoformat():
+    ended = ("preempted", "interrupted", "failed")
+    if last and last["event"] in ended and last["time"] >= max(times).isoformat():
         return f"{last['event']}, {ago}; run the same command to go on", "red"
     doing = "starting"
     if progress:

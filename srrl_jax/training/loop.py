@@ -62,7 +62,7 @@ def train(
     Raises:
       InputError: in config, rows, checkpoint or what was handed in, before anything is compiled or written;
         later when the disk is full, or after too many updates in a row that were not finite.
-      Preempted: after SIGTERM.
+      Preempted: after SIGTERM; after SIGINT its subclass `Interrupted`, when the step under way is done.
     """
     own = bring(config, reward, grader, rows)
     config = own.config

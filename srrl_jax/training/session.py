@@ -22,7 +22,7 @@ from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.guards import SkippedUpdates, new_warnings
 from srrl_jax.training.monitor import parting
-from srrl_jax.training.preemption import EXIT_CODE, Preempted, Preemption
+from srrl_jax.training.preemption import Preempted, Preemption
 from srrl_jax.training.records import tokens_path, write_tokens
 from srrl_jax.training.run import write_config
 
@@ -69,7 +69,8 @@ class Session:
             self.log = RunLog(self._run_dir)
             console = Console(quiet=not is_main())
             self._live = stack.enter_context(LiveTable(self._config.steps, console))
-            self._preemption = stack.enter_context(Preemption(c.preemption_seconds, self._give_up))
+            self._preemption = Preemption(c.preemption_seconds, self._give_up, self._told)
+            stack.enter_context(self._preemption)
             stack.enter_context(each_compilation(self._live.compiling, partial(self._took, "compile")))
             if is_main():
                 c = self._config
@@ -117,6 +118,7 @@ class Session:
                     "stopped", "by eval.stop_on_warning; the same command goes on to the next evaluation"
                 )
                 return
+            self._preemption.check_between_steps()
             traced = step in self._config.profiled
             with jax.profiler.trace(self._run_dir / "profile") if traced else nullcontext():
                 yield step
@@ -199,7 +201,7 @@ class Session:
         self._saved = self.step
 
     def _on_preempted(self, kind: type | None, error: BaseException | None, *_: object) -> None:
-        if kind is not Preempted:
+        if not isinstance(error, Preempted):
             # Of several processes another may have been lost first; the run goes on with its next start.
             told = isinstance(error, InputError) or jax.process_count() == 1
             if error is not None and told and is_main():
@@ -208,7 +210,8 @@ class Session:
             return
         self._save()
         self._checkpoints.wait()
-        self._event("preempted", f"SIGTERM; saved step {self.step}. Run the same command to go on")
+        done = f"saved step {self.step}" if self.step else "no step was done"
+        self._event(error.event, f"{error.signal}; {done}. Run the same command to go on")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -229,7 +232,11 @@ class Session:
         )
         if is_main():
             self.log.event(self.step, "preempted", message)
-        print(f"srrl: {message} (exit code {EXIT_CODE})", file=sys.stderr, flush=True)
+        print(f"srrl: {message} (exit code {Preempted.exit_code})", file=sys.stderr, flush=True)
+
+    def _told(self) -> None:
+        text = "Ctrl-C: this step is finished and saved first; once more leaves at once, without it"
+        self._live.console.print(Text(text), soft_wrap=True)
 
     def _event(self, kind: str, message: str, step: int | None = None) -> None:
         step = self.step if step is None else step

@@ -53,7 +53,7 @@ def test_a_run_without_a_sign_is_called_silent(run_dir):
     assert "silent while grading 24/128, last sign 10 min" in screen(run_dir, later=600)
 
 
-@pytest.mark.parametrize("kind", ["preempted", "failed"])
+@pytest.mark.parametrize("kind", ["preempted", "interrupted", "failed"])
 def test_a_run_that_ended_early_says_how(run_dir, kind):
     RunLog(run_dir).event(3, kind, "SIGTERM")
     shown = screen(run_dir, later=9)
