@@ -21,6 +21,7 @@ from srrl_jax.evaluation.tables import (
     template_label,
 )
 from srrl_jax.grading import JudgeConfig
+from srrl_jax.locking import sole_writer
 
 
 def run_evaluate(
@@ -43,32 +44,33 @@ def run_evaluate(
     judging.read_template()  # what is wrong with it is told before weights are loaded
     examples = select(load_examples(rows), where)[:limit]
     ready = completions and ready_answers(model, completions, examples, repeats)
-    own = grader in ("policy", model)
-    policy = None if ready and not own else Checkpoint(model, dtype, batch)
-    answers = ready or answers_of(policy, answering, {"answering": dataclasses.asdict(answering)}, seed)
-    with (
-        open_judge(policy if own else grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
-        _progress("responses") as on_progress,
-    ):
-        template = template_label(judge.settings)
-        settings = {
-            "rows": rows,
-            "where": list(where),
-            "template": template,
-            "judging": judge.settings,
-            "dtype": dtype,
-            "seed": seed,
-        }
-        result = evaluate(
-            examples,
-            answers,
-            judge,
-            out,
-            settings=settings,
-            repeats=repeats,
-            chunk=4 * batch,
-            on_progress=on_progress,
-        )
+    with sole_writer(f"{out}/writer"):
+        own = grader in ("policy", model)
+        policy = None if ready and not own else Checkpoint(model, dtype, batch)
+        answers = ready or answers_of(policy, answering, {"answering": dataclasses.asdict(answering)}, seed)
+        with (
+            open_judge(policy if own else grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+            _progress("responses") as on_progress,
+        ):
+            template = template_label(judge.settings)
+            settings = {
+                "rows": rows,
+                "where": list(where),
+                "template": template,
+                "judging": judge.settings,
+                "dtype": dtype,
+                "seed": seed,
+            }
+            result = evaluate(
+                examples,
+                answers,
+                judge,
+                out,
+                settings=settings,
+                repeats=repeats,
+                chunk=4 * batch,
+                on_progress=on_progress,
+            )
     console = Console()
     console.print(score_table(result, judge.name, template))
     console.print(published_table(result, model, f"{judge.name}, template {template}", Path(rows).name))
@@ -95,21 +97,22 @@ def run_meta_evaluate(
 ) -> MetaResult:
     """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
     rows = load_labels(labels)[:limit]
-    settings = {"labels": labels, "template": None}
-    if grader.endswith(".jsonl"):
-        verdicts = ready_verdicts(grader, len(rows))
-    else:
-        with (
-            open_judge(grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
-            _progress("labels") as on_progress,
-        ):
-            template = template_label(judge.settings)
-            settings |= {"template": template, "judging": judge.settings, "dtype": dtype, "seed": seed}
-            verdicts = grade_labels(
-                rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
-            )
-    result = meta_evaluate(rows, verdicts)
-    save(result, out, {"grader": grader} | settings)
+    with sole_writer(f"{out}/writer"):
+        settings = {"labels": labels, "template": None}
+        if grader.endswith(".jsonl"):
+            verdicts = ready_verdicts(grader, len(rows))
+        else:
+            with (
+                open_judge(grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+                _progress("labels") as on_progress,
+            ):
+                template = template_label(judge.settings)
+                settings |= {"template": template, "judging": judge.settings, "dtype": dtype, "seed": seed}
+                verdicts = grade_labels(
+                    rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
+                )
+        result = meta_evaluate(rows, verdicts)
+        save(result, out, {"grader": grader} | settings)
     console = Console()
     console.print(agreement_table(result, grader, settings["template"]))
     console.print(confusion_table(result))

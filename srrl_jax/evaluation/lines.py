@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, open_judge
 from srrl_jax.grading import GradingItem, JudgeConfig
+from srrl_jax.locking import sole_writer
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl, read_jsonl
 
@@ -38,15 +39,13 @@ def sample_file(
 
     A line is the row with `sample_id` ("prompt_id:line:sample"), `prompt_id`, `completion`, `response`
     (what a user would see), `tokens`, `truncated`. The text depends on row, sample and seed alone.
-    Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
+    Raises InputError: a bad row (file:line), or an OUT that was made with other settings, or that another
+    process writes.
     """
     settings = {"command": "sample", "model": model, "samples": samples, "dtype": dtype, "seed": seed}
     rows = _rows(
         source, lambda row: {"prompt": row.get("prompt"), "rubrics": _ANY, "prompt_id": row.get("prompt_id")}
     )
-    done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
-    todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
-    checkpoint = Checkpoint(model, dtype, batch)
 
     def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
         ids = [zlib.crc32(name.encode()) for name, _, _ in part]
@@ -58,7 +57,11 @@ def sample_file(
                         row | {"sample_id": f"{name}:{j}", "prompt_id": example.prompt_id} | answer._asdict()
                     )
 
-    return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"])
+    with sole_writer(f"{out}.writer"):
+        done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
+        todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
+        checkpoint = Checkpoint(model, dtype, batch)
+        return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"])
 
 
 def grade_file(
@@ -69,14 +72,18 @@ def grade_file(
     A line is the row with `grade_id` ("prompt_id:line"), `prompt_id`, `reward` (null where nothing could
     be scored) and `verdicts`, one {criterion, points, met, probability, explanation, tries} for each
     criterion. `model` is a checkpoint, or the YAML of a teacher.
-    Raises InputError: a bad row (file:line), or an OUT that was made with other settings.
+    Raises InputError: a bad row (file:line), or an OUT that was made with other settings, or that another
+    process writes.
     """
     rows = _rows(source, lambda row: row)
     for (_, row, _), where in zip(rows, _places(source), strict=True):
         if not isinstance(row.get("response", row.get("completion")), str):
             raise InputError(f"{where}: no text to grade; add `completion` or `response`")
     settings = {"command": "grade", "model": model, "dtype": dtype, "seed": seed}
-    with open_judge(model, config, seed=seed, dtype=dtype, batch=batch) as judge:
+    with (
+        sole_writer(f"{out}.writer"),
+        open_judge(model, config, seed=seed, dtype=dtype, batch=batch) as judge,
+    ):
         done = _open(out, settings | {"grading": judge.settings}, "grade_id")
         todo = [row for row in rows if row[0] not in done]
 

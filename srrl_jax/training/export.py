@@ -9,6 +9,7 @@ from flax import nnx
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.locking import sole_writer
 from srrl_jax.models import Qwen3
 from srrl_jax.models.lora import add_adapters, merge_adapters
 from srrl_jax.models.weights import abstract, read_config
@@ -32,16 +33,20 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
     Returns:
       The step.
     Raises:
-      InputError: no run, no such checkpoint (names those there are), or `out` is not empty.
+      InputError: no run, no such checkpoint (names those there are), `out` is not empty, or another
+        process writes it.
     """
     run_dir, out = storage.locate(run_dir), storage.locate(out)
     recipe = run_dir / "config.yaml"
     if not recipe.exists():
         raise InputError(f"{run_dir}: no run is there (a run directory holds config.yaml)")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not an empty directory; give another")
     config = TrainConfig.load(recipe)
-    with Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
+    with (
+        sole_writer(out.with_name(f"{out.name}.writer")),
+        Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints,
+    ):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"{out}: exists and is not an empty directory; give another")
         steps = checkpoints.steps()
         if not steps:
             raise InputError(f"{run_dir}: the run has no checkpoint yet")
@@ -64,7 +69,7 @@ def export(run_dir: str | Path, out: str | Path, step: int | None = None, dtype=
         )
         model = nnx.merge(graphdef, checkpoints.restore_params(step, like), base)
         merge_adapters(model)
-    model.save_pretrained(out, dtype, tokenizer=config.model)
+        model.save_pretrained(out, dtype, tokenizer=config.model)
     return step
 
 
@@ -86,7 +91,10 @@ def exported(source: str) -> str:
         with tempfile.TemporaryDirectory(dir=run_dir) as scratch:
             whole = Path(scratch) / "model"  # moved only when all of it is there
             step = export(run_dir, whole, step)
-            if not (run_dir / "export" / str(step)).exists():
-                (run_dir / "export").mkdir(exist_ok=True)
+            (run_dir / "export").mkdir(exist_ok=True)
+            try:
                 whole.rename(run_dir / "export" / str(step))
+            except OSError:  # it is there: exported before, or by another command in the meantime
+                if not (run_dir / "export" / str(step)).is_dir():
+                    raise
     return str(run_dir / "export" / str(step))

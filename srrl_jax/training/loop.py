@@ -13,6 +13,7 @@ import numpy as np
 
 from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.grading import Judge
+from srrl_jax.locking import sole_writer
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Example
@@ -61,6 +62,7 @@ def train(
     A hash of the source of `reward`, of `grader` and of `rows` is kept in config.yaml.
     Raises:
       InputError: in config, rows, checkpoint or what was handed in, before anything is compiled or written;
+        another process trains in `run_dir`;
         later when the disk is full, or after too many updates in a row that were not finite.
       Preempted: after SIGTERM; after SIGINT its subclass `Interrupted`, when the step under way is done.
     """
@@ -72,7 +74,7 @@ def train(
     check_processes(config, own.identity, tasks, lessons, held_out)
     mesh = make_mesh(config.mesh)
 
-    with jax.set_mesh(mesh), open_teacher(config) as teacher:
+    with sole_writer(f"{config.run_dir}/writer"), jax.set_mesh(mesh), open_teacher(config) as teacher:
         model = network(config)
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)
