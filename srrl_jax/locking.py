@@ -34,8 +34,8 @@ RENEW = 10.0
 def sole_writer(stem: epath.PathLike) -> Iterator[None]:
     """Nobody else writes what `stem` stands for, while the block lasts.
 
-    `stem.json` names the holder and goes with it; on a disk an empty `stem.lock` stays. With several
-    processes only the main one takes the lock, for all.
+    `stem.json`, which names the holder, and on a disk `stem.lock` go with it; killed, it leaves them, and
+    they lock nothing. With several processes only the main one takes the lock, for all.
 
     Args:
       stem: e.g. run_dir/writer, or OUT.jsonl.writer; its folder is made.
@@ -65,6 +65,7 @@ def _lock(card: epath.Path) -> Iterator[None]:
         yield
     finally:
         card.unlink(missing_ok=True)
+        card.with_suffix(".lock").unlink()  # `acquire` of another that has opened it sees that it is gone
         lock.release()
 
 
