@@ -31,11 +31,13 @@ class Tokenizer(abc.ABC):
       pad_id: the id that fills rows; the end-of-sequence token where the files name none.
       size: number of tokens with the added ones; ids from `size` up (the embedding may be padded)
         are never to be sampled.
+      made_of: what decides ids and text, and what decides how messages are rendered.
     """
 
     stop_ids: tuple[int, ...]
     pad_id: int
     size: int
+    made_of: tuple[bytes, bytes]
     _control: re.Pattern[str]
 
     def encode(self, text: str) -> list[int]:
@@ -111,6 +113,10 @@ class _HuggingFace(Tokenizer):
         self.size = len(tokens)
         self.stop_ids = _stop_ids(directory, tokens.eos_token_id, tokens.get_vocab().get, self.size)
         self.pad_id = self.stop_ids[0] if tokens.pad_token_id is None else tokens.pad_token_id
+        self.made_of = (
+            f"{tokens.backend_tokenizer.to_str()} {self.stop_ids}".encode(),
+            json.dumps(tokens.chat_template).encode(),
+        )
         added = tokens.added_tokens_decoder.values()
         self._control = control_pattern(
             [token.content for token in added if token.special], [token.content for token in added]
@@ -191,7 +197,9 @@ class _SentencePiece(Tokenizer):
         user_defined = [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
         self._control = control_pattern(self._ids, user_defined)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._template = _template(directory, config)
+        text, self._template = _template(directory, config)
+        named = json.dumps(self._named)
+        self.made_of = (pieces.serialized_model_proto() + f"{self.stop_ids} {named}".encode(), text.encode())
 
     def _encode(self, text):
         ids = []
@@ -234,8 +242,8 @@ def _no_template(directory: Path) -> InputError:
     )
 
 
-def _template(directory: Path, config: dict[str, Any]) -> jinja2.Template:
-    """Compiles the chat template in the environment that transformers uses."""
+def _template(directory: Path, config: dict[str, Any]) -> tuple[str, jinja2.Template]:
+    """The chat template's text, and compiled in the environment that transformers uses."""
     file = directory / "chat_template.jinja"
     text = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
     if not text:
@@ -251,6 +259,6 @@ def _template(directory: Path, config: dict[str, Any]) -> jinja2.Template:
     # Jinja's own filter escapes HTML.
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     try:
-        return environment.from_string(text)
+        return text, environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{directory}: chat template, line {error.lineno}: {error}") from None

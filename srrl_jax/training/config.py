@@ -207,6 +207,13 @@ class OptimizerConfig:
     max_skipped: int = 5
 
 
+# What a run's results depend on beside its recipe; a hash of each is kept with it.
+Depends = Literal[
+    "weights", "tokenizer", "chat_template", "grader_template", "teacher_template",
+    "rows", "held_out_rows", "lessons", "reward", "grader",
+]  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """A checkpoint every so many steps, and after the last; the newest `keep` stay.
@@ -215,12 +222,14 @@ class CheckpointConfig:
       best: the checkpoint with the highest value of this metric stays too, of those at whose step it
         was measured.
       preemption_seconds: SIGTERM ends the run within this time, see `srrl_jax.training.preemption`.
+      accept_changes: what may be another than when the run began, though its results depend on it.
     """
 
     every: int = 10
     keep: int = 2
     best: Literal["eval/self", "reward/mean"] | None = None
     preemption_seconds: float = 25.0
+    accept_changes: tuple[Depends, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

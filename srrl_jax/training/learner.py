@@ -17,7 +17,7 @@ from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import in_memory, place_batch, replicate, shardings
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
-from srrl_jax.training.checkpoint import TrainState
+from srrl_jax.training.checkpoint import TrainState, fingerprint
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies
@@ -78,6 +78,10 @@ class Learner:
         another copy, to be let go after use.
         """
         return self.policy(in_memory("device", self._frozen))
+
+    def fingerprint(self) -> str:
+        """Of the weights that `model` names, for any change of a bit; to be called before `start`."""
+        return f"{int(fingerprint(self._base if self._config.lora.rank else self._start)):08x}"
 
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""

@@ -28,7 +28,7 @@ from srrl_jax.training.monitor import control_items, control_metrics, eval_metri
 from srrl_jax.training.own import GraderFunction, Reward, bring
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
-from srrl_jax.training.run import check_processes, check_run, load_tasks
+from srrl_jax.training.run import check_identity, check_processes, check_run, load_tasks
 from srrl_jax.training.session import OnStep, Session
 
 TRAIN, HELD_OUT = 0, 1  # streams of random keys within a step; resampled groups have those from 2 on
@@ -59,7 +59,8 @@ def train(
       rows: training rows, in place of those of `data.train`.
       callbacks: each is called with a step, its metrics and its rows of samples.jsonl, on process 0.
 
-    A hash of the source of `reward`, of `grader` and of `rows` is kept in config.yaml.
+    Hashes of `rows`, of the source of `reward` and `grader`, and of the files that results depend on are kept
+    in config.yaml.
     Raises:
       InputError: in config, rows, checkpoint or what was handed in, before anything is compiled or written;
         another process trains in `run_dir`;
@@ -68,18 +69,22 @@ def train(
     """
     own = bring(config, reward, grader, rows)
     config = own.config
-    changes = check_run(config, own.identity)
+    changes = check_run(config)
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, held_out = load_tasks(config, tokenizer, own.rows)
-    check_processes(config, own.identity, tasks, lessons, held_out)
+    tasks, lessons, held_out, identity = load_tasks(config, tokenizer, own.rows)
+    identity |= own.identity
+    check_processes(config, identity)
+    changes += check_identity(config, identity)
     mesh = make_mesh(config.mesh)
 
     with sole_writer(f"{config.run_dir}/writer"), jax.set_mesh(mesh), open_teacher(config) as teacher:
         model = network(config)
         rewarder = SelfRewarder(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)
+        weights = {"weights": learner.fingerprint()}
+        changes += check_identity(config, weights)
 
-        with Session(config, changes, own.identity, callbacks) as session:
+        with Session(config, changes, identity | weights, callbacks) as session:
             state = session.resume(learner.start())
 
             def keys_of(step: int, stream: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
-import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ class Own:
       config: the recipe with the names of what was handed in.
       reward: the rubric's where there is no other.
       rows: training rows in place of the recipe's.
-      identity: a hash of the source of each, which is kept in config.yaml; another one cannot resume.
+      identity: a hash of the source of each, see `srrl_jax.training.run.check_identity`.
     """
 
     config: TrainConfig
@@ -167,7 +167,6 @@ def bring(
         rows = list(rows)
         _check_rows(rows)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train="rows"))
-        identity["rows"] = _sha256(json.dumps([row.to_dict() for row in rows], sort_keys=True))
     return Own(config, reward or rubric_reward, OwnJudge(grader) if grader else None, rows, identity)
 
 
@@ -204,13 +203,13 @@ def _check_rows(rows: list[Any]) -> None:
 
 
 def _digest(thing: Any) -> str:
+    """Of its source, and of the rest of its module, which it may call; but not of a script's."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     try:
-        return _sha256(inspect.getsource(named))
-    except (OSError, TypeError):  # made without a file, or not in Python
+        text = name_of(thing) + inspect.getsource(named)
+        if named.__module__ != "__main__":
+            text += inspect.getsource(sys.modules[named.__module__])
+    except (OSError, TypeError, KeyError):  # made without a file, or not in Python
         code = getattr(named, "__code__", None)
-        return _sha256(repr((name_of(thing), code and (code.co_code, code.co_names, code.co_consts))))
-
-
-def _sha256(text: str) -> str:
+        text = repr((name_of(thing), code and (code.co_code, code.co_names, code.co_consts)))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -67,19 +67,19 @@ def replay(
     config = _config(run_dir)
     own = bring(dataclasses.replace(config, grader="policy"), reward, rows=rows)
     known = yaml.safe_load((run_dir / "config.yaml").read_text()).get("identity", {})
-    for name in ("reward", "rows"):
-        if own.identity.get(name) != known.get(name):
-            raise InputError(
-                f"{run_dir}: it was trained with another {name}; give replay the same, by "
-                f"srrl_jax.training.replay.replay(run_dir, step, {name}=...)"
-            )
+    if own.identity.get("reward") != known.get("reward"):
+        raise _other(run_dir, "reward")
+    if config.data.train == "rows" and rows is None:
+        raise _other(run_dir, "rows")
     metrics = {row["step"]: row for row in iter_jsonl(run_dir / "metrics.jsonl")}
     if step < 1 or step not in metrics:
         last = max(metrics, default=0)
         raise InputError(f"{run_dir}: there is no training step {step}; the last one is {last}")
     logged = metrics[step]
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, _ = load_tasks(config, tokenizer, own.rows)
+    tasks, lessons, _, identity = load_tasks(config, tokenizer, own.rows)
+    if identity["rows"] != known.get("rows", identity["rows"]):
+        raise _other(run_dir, "rows")
     mesh = make_mesh(config.mesh)
 
     with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
@@ -126,6 +126,13 @@ def replay(
         value = value if math.isfinite(value) else None  # as the log writes it
         found.append(Comparison(name, logged.get(name), value))
     return found, start
+
+
+def _other(run_dir: epath.Path, name: str) -> InputError:
+    return InputError(
+        f"{run_dir}: it was trained with another {name}; give replay the same, by "
+        f"srrl_jax.training.replay.replay(run_dir, step, {name}=...)"
+    )
 
 
 def _config(run_dir: epath.Path) -> TrainConfig:

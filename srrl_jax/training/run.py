@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import yaml
@@ -17,6 +19,7 @@ from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import gather
 from srrl_jax.rubrics import Example
+from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.trackers import find_tracker
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
@@ -26,14 +29,23 @@ from srrl_jax.training.lessons import load_lessons
 # rounding), but how long the run is, what is kept, and how often it is measured.
 _SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig) if field.name not in DECIDES]
 NOTHING: Mapping[str, str] = MappingProxyType({})
-_MAY_CHANGE = ("run_dir", "steps", "checkpoint", "eval", "mesh", "profile", "reference", "trackers", *_SPEED)
+_MAY_CHANGE = (
+    "run_dir",
+    "identity",
+    "steps",
+    "checkpoint",
+    "eval",
+    "mesh",
+    "profile",
+    "reference",
+    "trackers",
+    *_SPEED,
+)
 
 
-def check_run(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> list[str]:
+def check_run(config: TrainConfig) -> list[str]:
     """Compares the recipe with that of the run in its directory, if there is one; writes nothing.
 
-    Args:
-      identity: hashes of what is not in the recipe, by name; they have to be those of the run.
     Returns:
       The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
@@ -49,21 +61,49 @@ def check_run(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> lis
             raise InputError(f"run_dir: cannot write {run_dir}: {existing} is not a writable directory")
     for name in config.trackers:
         find_tracker(name)
-    path = run_dir / "config.yaml"
-    folder = run_dir / "checkpoints"
-    done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
-    if not (path.exists() and done):
+    old, done = _begun(config)
+    if not done:
         return []
-    differences = list(_differences(yaml.safe_load(path.read_text()), _written(config, identity)))
+    differences = list(_differences(old, config.to_dict()))
     refused = [text for key, text in differences if not {key, key.split(".")[0]} & {*_MAY_CHANGE}]
     if refused:
         raise InputError(
             f"{run_dir} holds a run of another recipe: {'; '.join(refused)}. "
             "Resume with the same values, or give another run_dir"
         )
-    if config.steps < max(done):
-        raise InputError(f"steps: {run_dir} has done {max(done)} already, more than {config.steps}")
-    return [text for key, text in differences if key != "run_dir"]
+    if config.steps < done:
+        raise InputError(f"steps: {run_dir} has done {done} already, more than {config.steps}")
+    return [text for key, text in differences if key not in ("run_dir", "identity")]
+
+
+def check_identity(config: TrainConfig, identity: Mapping[str, str]) -> list[str]:
+    """Compares what the results depend on beside the recipe with what the run in its directory began with.
+
+    Args:
+      identity: a hash of each, by the names of `Depends`; what an older run lacks is not compared.
+    Returns:
+      A text for each change that `checkpoint.accept_changes` accepts.
+    Raises:
+      InputError: others; names them all.
+    """
+    known = _begun(config)[0].get("identity", {})
+    changed = [name for name, value in identity.items() if known.get(name, value) != value]
+    refused = [name for name in changed if name not in config.checkpoint.accept_changes]
+    if refused:
+        raise InputError(
+            f"{config.run_dir}: its run began with other {', '.join(refused)} (hashes are in config.yaml). "
+            "Resume with what they were, give another run_dir, or go on all the same with "
+            f"checkpoint.accept_changes=[{','.join(changed)}]"
+        )
+    return [f"{name} changed, by checkpoint.accept_changes" for name in changed]
+
+
+def _begun(config: TrainConfig) -> tuple[dict, int]:
+    """config.yaml of the run in the recipe's directory, and its last checkpoint; ({}, 0) before the first."""
+    run_dir = storage.locate(config.run_dir)
+    path, folder = run_dir / "config.yaml", run_dir / "checkpoints"
+    done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
+    return (yaml.safe_load(path.read_text()), max(done)) if path.exists() and done else ({}, 0)
 
 
 def write_config(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> None:
@@ -75,57 +115,71 @@ def write_config(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> 
     path = storage.locate(config.run_dir) / "config.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.replace(path, [yaml.safe_dump(_written(config, identity), sort_keys=False).encode()])
+        written = config.to_dict() | ({"identity": dict(identity)} if identity else {})
+        storage.replace(path, [yaml.safe_dump(written, sort_keys=False).encode()])
     except OSError as error:
         raise InputError(f"run_dir: cannot write {path}: {error.strerror}") from None
 
 
-def load_tasks(
-    config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example] | None = None
-) -> tuple[list[Task], list[Task], list[Task]]:
+class Tasks(NamedTuple):
     """Training rows, lessons (none without data.teacher) and held-out rows (none without data.eval).
 
-    `rows` take the place of data.train. All are checked against the bucket table.
+    Attributes:
+      identity: hashes of them and of the templates and the tokenizer that made them tokens.
     """
+
+    train: list[Task]
+    lessons: list[Task]
+    held_out: list[Task]
+    identity: dict[str, str]
+
+
+def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example] | None = None) -> Tasks:
+    """Reads all rows and checks them against the bucket table; `rows` take the place of data.train."""
     examples = load_examples(config.data.train, config.data.fields) if rows is None else rows
     if config.data.minus is not None:
         examples = subtract(examples, load_examples(config.data.minus, config.data.fields))
     examples = select(examples, config.data.where)
     tasks = encode_tasks(examples, config.data.train, tokenizer, config)
-    lessons = []
+    identity = {"rows": _of_rows(examples), "grader_template": _sha256(config.grading.read_template())}
+    identity |= zip(("tokenizer", "chat_template"), map(_sha256, tokenizer.made_of), strict=True)
+    if config.teacher:
+        identity["teacher_template"] = _sha256(config.teacher.read_template())
+    lessons, held_out = [], []
     if config.data.teacher is not None:
         grader = Grader.at(config.grading, tokenizer)
         lessons = load_lessons(config.data.teacher, grader, config, first_row=len(tasks))
-    if config.data.eval is None:
-        return tasks, lessons, []
-    held_out = load_examples(config.data.eval, config.data.fields)
-    check_disjoint(examples, held_out)
-    return tasks, lessons, encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
+        identity["lessons"] = _sha256(json.dumps(read_jsonl(config.data.teacher)))
+    if config.data.eval is not None:
+        held_out = load_examples(config.data.eval, config.data.fields)
+        check_disjoint(examples, held_out)
+        identity["held_out_rows"] = _of_rows(held_out)
+        held_out = encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
+    return Tasks(tasks, lessons, held_out, identity)
 
 
-def check_processes(config: TrainConfig, identity: Mapping[str, str], *tasks: list[Task]) -> None:
+def check_processes(config: TrainConfig, identity: Mapping[str, str]) -> None:
     """Compares what the processes of a run were given; they decide alike only where that is the same.
 
     Raises:
       InputError: they have other recipes, rows or tokenizers, or another JAX; names two processes.
     """
-    mine = {
-        "recipe": _written(config, identity),
-        "JAX": jax.__version__,
-        "rows or tokenizer": hashlib.sha256(repr(tasks).encode()).hexdigest(),
-    }
-    first, *others = gather(mine)
+    first, *others = gather({"recipe": config.to_dict(), "JAX": jax.__version__} | identity)
     for number, other in enumerate(others, start=1):
         for what, value in first.items():
-            if other[what] != value:
+            if other.get(what) != value:
                 raise InputError(
                     f"process {number} has another {what} than process 0; give all of them the same command, "
                     "files and packages"
                 )
 
 
-def _written(config: TrainConfig, identity: Mapping[str, str]) -> dict:
-    return config.to_dict() | ({"identity": dict(identity)} if identity else {})
+def _of_rows(rows: Sequence[Example]) -> str:
+    return _sha256(json.dumps([row.to_dict() for row in rows], sort_keys=True))
+
+
+def _sha256(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def _differences(old: dict, new: dict, path: str = "") -> Iterator[tuple[str, str]]:

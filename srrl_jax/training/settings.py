@@ -79,6 +79,7 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
+    values.pop("identity", None)  # what config.yaml of a run has beside the recipe
     parent = values.pop("inherits", None)
     if parent is None:
         return values

@@ -22,7 +22,7 @@ def run(recipe, tmp_path_factory):
     """A run directory with checkpoints of steps 2 and 4, and the weights of each."""
     run_dir = tmp_path_factory.mktemp("run")
     config = recipe(run_dir, "checkpoint.keep=5")
-    write_config(config)
+    write_config(config, {"rows": "their hash"})
     start, optimizer = nnx.state(Qwen3.from_pretrained(config.model)), make_optimizer(config.optimizer)
     params = {step: jax.tree.map(lambda x, step=step: x * (1 + step / 10), start) for step in (2, 4)}
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:

@@ -274,6 +274,7 @@ ELSEWHERE = {
     "optimizer.max_skipped",  # test_guards.py
     "checkpoint.best",  # test_checkpoint.py
     "checkpoint.preemption_seconds",  # test_preemption.py
+    "checkpoint.accept_changes",  # test_run.py
     "loss.balance_experts",  # test_update.py
     "trackers",  # test_resume.py
 }  # fmt: skip

@@ -1,10 +1,22 @@
 """What may change when a run goes on, and what a refused run leaves behind."""
 
+import json
+import shutil
+from pathlib import Path
+
+import jax
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from srrl_jax.errors import InputError
-from srrl_jax.training.run import check_run, write_config
+from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.parallel import make_mesh
+from srrl_jax.training import train
+from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.run import check_identity, check_run, load_tasks, write_config
+
+from .conftest import WORLD
 
 
 @pytest.fixture
@@ -75,3 +87,83 @@ def test_a_trace_is_refused_where_it_cannot_be_written(recipe, bucket):
     assert check_run(recipe(bucket / "run")) == []
     with pytest.raises(InputError, match="profile: .*disks"):
         check_run(recipe(bucket / "run", "profile=[1]"))
+
+
+def edited(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def one_tensor_larger(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_each_of_the_files_that_results_depend_on_is_told_apart(recipe, tmp_path):
+    model, files = tmp_path / "model", tmp_path / "files"
+    shutil.copytree(WORLD / "checkpoint", model)
+    files.mkdir()
+    for name in ("easy.jsonl", "hard.jsonl", "grader.txt"):
+        shutil.copy(WORLD / name, files)
+    row = json.loads((WORLD / "easy.jsonl").read_text().splitlines()[0])
+    verdicts = [{"criterion": c["criterion"], "points": 1, "met": True} for c in row["rubrics"][:1]]
+    lesson = {
+        "prompt": row["prompt"],
+        "rubrics": row["rubrics"][:1],
+        "response": "hello .",
+        "verdicts": verdicts,
+    }
+    (files / "lessons.jsonl").write_text(json.dumps(lesson) + "\n")
+    config = recipe(
+        tmp_path / "run",
+        f"model={model}",
+        f"data.train={files / 'easy.jsonl'}",
+        f"data.eval={files / 'hard.jsonl'}",
+        f"data.teacher={files / 'lessons.jsonl'}",
+        f"grading.template={files / 'grader.txt'}",
+        "rollout.prompt_buckets=[256]",
+        "grading.criterion_buckets=[32]",
+    )
+
+    def identity() -> dict[str, str]:
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            weights = Learner(network(config), config, mesh).fingerprint()
+        return load_tasks(config, load_tokenizer(config.model)).identity | {"weights": weights}
+
+    before = identity()
+    assert identity() == before
+    for name, file, change in (
+        ("rows", files / "easy.jsonl", ('"points": ', '"points": 1')),
+        ("held_out_rows", files / "hard.jsonl", ('"points": ', '"points": 1')),
+        ("lessons", files / "lessons.jsonl", ('"met": true', '"met": false')),
+        ("grader_template", files / "grader.txt", ("{criterion}", "{criterion} ?")),
+        ("chat_template", model / "tokenizer_config.json", ("{%", "{#- another -#}{%")),
+        ("weights", model / "model.safetensors", one_tensor_larger),
+    ):
+        kept = file.read_bytes()
+        change(file) if callable(change) else edited(file, *change)
+        after = identity()
+        assert {key for key in before if before[key] != after[key]} == {name}
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["rows", "tokenizer", "weights"])
+def test_a_run_does_not_go_on_with_other_things_than_it_began_with(recipe, tmp_path, name):
+    write_config(recipe(tmp_path), {name: "what it was"})
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"began with other {name} .*checkpoint.accept_changes=.{name}"):
+        train(recipe(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_a_key_accepts_what_changed_and_the_log_tells_of_it(recipe, begun):
+    write_config(recipe(begun, "steps=4"), {"rows": "a", "weights": "b"})
+    now = {"rows": "c", "weights": "b", "tokenizer": "new in this version"}
+    config = recipe(begun, "steps=4", "checkpoint.accept_changes=[rows]")
+    assert check_identity(config, now) == ["rows changed, by checkpoint.accept_changes"]
+    with pytest.raises(InputError, match=r"accept_changes=\[rows,weights\]"):
+        check_identity(config, now | {"weights": "c"})
+    assert check_run(config) == ["checkpoint.accept_changes was [], now ['rows']"]
