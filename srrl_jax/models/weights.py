@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,8 @@ def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
       dtype: of the stored weights and of the computation.
     Raises:
       InputError: no weights, pickled weights, an unreadable file, a config that this network does
-        not compute, or tensors that are missing, unexpected or misshapen (names tensor and file).
+        not compute, or tensors that are missing, unexpected, misshapen or hold values that are not
+        finite (names tensor and file).
     """
     with _fetch(source) as directory:
         return _load(directory, mesh, dtype)
@@ -57,10 +58,18 @@ def _load(directory: Path | epath.Path, mesh, dtype) -> Qwen3:
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         _check_tied(tensors)
+    broken: dict[str, Tensor] = {}
+    tensors = {name: _watched(name, tensor, broken) for name, tensor in tensors.items()}
     loaded = []
     for path, variable in variables.items():
         parts = {index: tensors[name] for name, index in names[path].items()}
         loaded.append((path, variable.replace(_parameter(parts, variable.shape, placed.get(path), dtype))))
+    if broken:
+        files = _some(sorted({tensor.file.name for tensor in broken.values()}))
+        raise InputError(
+            f"{directory}: tensor {_some(broken)} ({files}) holds NaN or infinity: the file is damaged, or "
+            "of a run that diverged; fetch it again or take another"
+        )
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
@@ -82,6 +91,19 @@ def _fetch(source: str | Path) -> Iterator[Path | epath.Path]:
     mapped = len(list(directory.glob("*.gguf"))) == 1 and not any(directory.glob("model*.safetensors"))
     with on_disk(directory, ("*.gguf", "config.json")) if mapped else nullcontext(directory) as directory:
         yield directory
+
+
+def _watched(name: str, tensor: Tensor, broken: dict[str, Tensor]) -> Tensor:
+    """The same, noted in `broken` where what is read is not finite."""
+
+    def read(box: Box, out: np.ndarray) -> None:
+        tensor.read(box, out)
+        # A sum of squares passes over float32 once, ten times as fast; a finite one may overflow.
+        summed = out.dtype == np.float32 and np.isfinite(np.vdot(out, out))
+        if not (summed or np.isfinite(out).all()):
+            broken[name] = tensor
+
+    return tensor._replace(read=read)
 
 
 # The tensors of a parameter by their index in it: () alone, (layer,) or (layer, expert).
@@ -177,6 +199,11 @@ def _open(directory: Path | epath.Path) -> tuple[Qwen3Config, dict[str, Tensor]]
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise InputError(f"{index}: field 'weight_map' is missing")
+        for name, file in shards.items():
+            if not isinstance(file, str) or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+                raise InputError(
+                    f"{index}: weight_map: tensor {name!r} lies in {file!r}, no file of this directory"
+                )
         files = [directory / name for name in sorted(set(shards.values()))]
     else:
         return _open_gguf(directory)

@@ -113,6 +113,31 @@ def test_shards_with_an_index(checkpoint):
         Qwen3.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("elsewhere", ["../other/a.safetensors", "/etc/a.safetensors", "x/../../a", None])
+def test_shards_outside_of_the_directory_are_not_followed(checkpoint, elsewhere):
+    folder, _ = checkpoint
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: elsewhere}}))
+    with pytest.raises(InputError, match=f"index.json: weight_map: tensor '{UP}' lies in .* no file of this"):
+        Qwen3.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_that_are_not_finite_are_refused(checkpoint, value, dtype):
+    folder, edit = checkpoint
+
+    def spoil(tensors):
+        for name in (UP, "model.norm.weight"):
+            tensors[name].flat[-1] = value
+
+    edit(spoil)
+    with pytest.raises(InputError) as error:
+        Qwen3.from_pretrained(folder, mesh=make_mesh(), dtype=dtype)
+    assert UP in str(error.value) and "model.norm.weight" in str(error.value)
+    assert "lm_head" not in str(error.value)
+
+
 def test_loads_nothing_before_all_is_checked(checkpoint, monkeypatch):
     """A misfit is known from the headers: no array of weights is made."""
     folder, edit = checkpoint
