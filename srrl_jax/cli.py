@@ -169,11 +169,15 @@ def _export(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights in the files.")
     ] = "float32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Of LoRA the adapters alone, for peft.")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload it to this hub repository.")
+    ] = None,
 ) -> None:
-    """Write the trained model as a directory that transformers loads."""
+    """Write the trained model as a directory that transformers loads, with a model card."""
     from srrl_jax.training.export import export
 
-    print(f"step {export(run_dir, out, step, dtype)}: {out}")
+    print(f"step {export(run_dir, out, step, dtype, adapter=adapter, push=push)}: {out}")
 
 
 @app.command("replay")

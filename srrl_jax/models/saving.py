@@ -3,6 +3,7 @@
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
+_PEFT = {"down": "lora_A", "up": "lora_B"}  # what `peft` calls the two matrices of an adapter
 # Fields of a config.json that the network does not read and that generation needs.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -79,6 +81,54 @@ def save(
             safetensors.write(directory / file, {name: shapes[name] for name in names}, dtype, tensors)
         else:
             deque(tensors, maxlen=0)  # take part in gathering, keep nothing
+
+
+def save_adapter(
+    model: Qwen3,
+    directory: str | Path,
+    dtype: Any,
+    *,
+    base: str,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+) -> None:
+    """Writes the adapters of a model (`add_adapters`) as the library `peft` writes LoRA.
+
+    That is adapter_config.json and adapter_model.safetensors, in which `down` is lora_A and `up` lora_B of
+    each projection. All processes must call it; the first writes.
+
+    Args:
+      directory: is made, here or in an object store.
+      dtype: of the file.
+      base: the directory or hub id of the weights that the adapters stand beside.
+      rank, alpha, targets: with which they were added.
+    """
+    directory, dtype = storage.locate(directory), jnp.dtype(dtype)
+    places = {
+        f"base_model.model.{name.removesuffix('weight')}{_PEFT[path[-1]]}.weight": (value[...], index)
+        for path, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+        for name, index in tensor_names((*path[:-2], "weight"), model.config).items()
+    }
+    tensors = (_gather(*place) for place in places.values())
+    if jax.process_index() > 0:
+        deque(tensors, maxlen=0)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    shapes = {name: array.shape[len(index) :] for name, (array, index) in places.items()}
+    safetensors.write(directory / "adapter_model.safetensors", shapes, dtype, tensors)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    _write_json(directory / "adapter_config.json", settings)
 
 
 def split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:

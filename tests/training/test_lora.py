@@ -107,6 +107,29 @@ def test_transformers_loads_an_export(run, learner, torch, tmp_path):
     np.testing.assert_allclose(policy(tokens), expected, rtol=0, atol=1e-4)
 
 
+def test_peft_loads_an_adapter_and_merges_it(run, learner, torch, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra `parity` (peft)")
+    from transformers import AutoModelForCausalLM
+
+    config, end = run
+    assert export(config.run_dir, tmp_path / "out", adapter=True) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert theirs.peft_config["default"].base_model_name_or_path == config.model
+    policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
+    tokens = np.concatenate([TREE.prefix[:1], TREE.branches[0, :1]], axis=1)
+    with torch.no_grad():
+        beside = theirs(torch.from_numpy(tokens)).logits.numpy()
+        merged = theirs.merge_and_unload()(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(beside, policy(tokens), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(merged, policy(tokens), rtol=0, atol=1e-4)
+
+
 def test_alpha_weighs_adapters(run, learner, recipe):
     config, end = run
     twice = recipe("unused", *LORA, f"lora.alpha={2 * config.lora.alpha}")
