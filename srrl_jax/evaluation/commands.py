@@ -22,6 +22,8 @@ from srrl_jax.evaluation.tables import (
 )
 from srrl_jax.grading import JudgeConfig
 from srrl_jax.locking import sole_writer
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.telemetry.signs import completion_shares, tell, verdict_shares
 
 
 def run_evaluate(
@@ -71,6 +73,10 @@ def run_evaluate(
                 chunk=4 * batch,
                 on_progress=on_progress,
             )
+    lines = read_jsonl(f"{out}/samples.jsonl")
+    shares = completion_shares((line["prompt_id"], line["response"], line["truncated"]) for line in lines)
+    shares |= verdict_shares(item["verdict"] for line in lines for item in line["criteria"])
+    tell(shares, set())
     console = Console()
     console.print(score_table(result, judge.name, template))
     console.print(published_table(result, model, f"{judge.name}, template {template}", Path(rows).name))
@@ -113,6 +119,7 @@ def run_meta_evaluate(
                 )
         result = meta_evaluate(rows, verdicts)
         save(result, out, {"grader": grader} | settings)
+    tell(verdict_shares(verdicts), set())
     console = Console()
     console.print(agreement_table(result, grader, settings["template"]))
     console.print(confusion_table(result))

@@ -19,6 +19,7 @@ from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl, read_jsonl
+from srrl_jax.telemetry.signs import completion_shares, tell, verdict_shares
 
 Row = tuple[str, dict[str, Any], Example]  # its id in OUT, the line as it stands, what it says
 _ANY = [{"criterion": "any", "points": 1}]  # `sample` asks for no rubric
@@ -61,7 +62,7 @@ def sample_file(
         done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
         todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
         checkpoint = Checkpoint(model, dtype, batch)
-        return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"])
+        return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"], _completion_shares)
 
 
 def grade_file(
@@ -99,7 +100,17 @@ def grade_file(
                 added = {"grade_id": name, "prompt_id": example.prompt_id, "reward": reward}
                 yield row | added | {"verdicts": judged}
 
-        return _work(out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]))
+        return _work(
+            out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]), _verdict_shares
+        )
+
+
+def _completion_shares(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return completion_shares((line["prompt_id"], line["response"], line["truncated"]) for line in lines)
+
+
+def _verdict_shares(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return verdict_shares(verdict["met"] for line in lines for verdict in line["verdicts"])
 
 
 def _response(row: dict[str, Any]) -> str:
@@ -148,9 +159,13 @@ def _open(out: str, settings: dict[str, Any], name: str) -> set[str]:
     return done
 
 
-def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count) -> int:
-    """Runs the rows chunk by chunk; the lines of a chunk are written before the next one starts."""
+def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count, shares) -> int:
+    """Runs the rows chunk by chunk; the lines of a chunk are written before the next one starts.
+
+    Warns by the `shares` of lines (see `srrl_jax.telemetry.signs`) after the first chunk and at the end.
+    """
     lines = total = 0
+    seen, told = [], set()
     began = time.perf_counter()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar, Path(out).open("ab") as file:
@@ -161,7 +176,10 @@ def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count) -> i
                 text = json.dumps(line, ensure_ascii=False)
                 file.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
                 lines, total = lines + 1, total + count(line)
+                seen.append(line)
             file.flush()
+            if start == 0 or start + chunk >= len(todo):
+                tell(shares(seen), told)
             rate = total / (time.perf_counter() - began)
             bar.update(task, advance=len(part), description=f"{rate:.1f} {unit}/s")
     return lines

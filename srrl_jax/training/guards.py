@@ -8,35 +8,13 @@ from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main, to_host
+from srrl_jax.telemetry.signs import warnings_of
 from srrl_jax.training.records import write_npz
-
-SIGNS = {
-    "grader/unscorable": (
-        "no verdict could be read",
-        "grading.max_new_tokens is too small for a whole reply, or the model does not answer in the form "
-        "that grading.template asks for; see the explanations in samples.jsonl",
-    ),
-    "reward/zero_std_groups": (
-        "no group has answers with different rewards, so nothing is learnt",
-        "the rubrics are met by every answer or by none, the grader says the same to all, or "
-        "rollout.sampling.temperature is too low for the answers to differ",
-    ),
-    "completions/truncated": (
-        "every completion was cut off",
-        "rollout.max_new_tokens is too small, or the model does not end its answers: its chat template or "
-        "stop tokens may be those of another model",
-    ),
-}
-"""Metrics that at 1 say that a step was in vain: what happened, and the likely cause."""
 
 
 def new_warnings(metrics: dict[str, float], before: dict[str, float]) -> list[str]:
     """Messages of the signs that hold in a step and did not in the step `before`: one an occurrence."""
-    return [
-        f"{what}. Likely cause: {cause}"
-        for name, (what, cause) in SIGNS.items()
-        if metrics.get(name) == 1 and before.get(name) != 1
-    ]
+    return list(warnings_of(metrics, but=warnings_of(before)).values())
 
 
 class SkippedUpdates:

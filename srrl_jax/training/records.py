@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from srrl_jax.sampling import Completion
+from srrl_jax.telemetry.signs import completion_shares, verdict_shares
 from srrl_jax.training.experience import Graded, Task
 from srrl_jax.training.rewards import without_variance
 
@@ -30,8 +31,8 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
         "reward/std": _mean([row.std(ddof=1) for row in known if len(row) > 1]),
         "reward/zero_std_groups": _mean(without_variance(rewards)),
         "completions/mean_length": _mean([row["tokens"] for row in rows]),
-        "completions/truncated": _mean([row["truncated"] for row in rows]),
-        "grader/unscorable": 1 - len(scored) / len(judged),
+        **completion_shares((row["prompt_id"], row["response"], row["truncated"]) for row in rows),
+        **verdict_shares(criterion["verdict"] for criterion in judged),
         "grader/met_rate": _mean([criterion["verdict"] for criterion in scored]),
         "grader/met_rate_negative": _mean([c["verdict"] for c in scored if c["points"] < 0]),
         "grader/tokens_per_verdict": _mean([criterion["tokens"] for criterion in judged]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from srrl_jax import cli
+from srrl_jax.evaluation import lines
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 MODEL = str(WORLD / "checkpoint")
@@ -70,3 +71,39 @@ def test_bad_rows_are_named_by_file_and_line(srrl, rows, tmp_path, capsys):
     assert "in.jsonl:4: `prompt` is empty" in capsys.readouterr().err
     assert srrl("sample", MODEL, tmp_path / "none.jsonl", tmp_path / "out.jsonl") == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_what_most_lines_have_wrong_is_told_after_the_first_chunk_and_once(tmp_path, capsys):
+    said = []
+
+    def run(part):
+        said.append(capsys.readouterr().err)
+        for number in part:
+            yield {"prompt_id": f"{number}", "response": "", "truncated": number % 2 == 0, "tokens": 1}
+
+    out = str(tmp_path / "out.jsonl")
+    shares = lines._completion_shares
+    assert lines._work(out, range(12), 4, run, "tokens", lambda line: line["tokens"], shares) == 12
+    assert "srrl: warning: all completions are empty. Likely cause" in said[1]
+    assert "cut off" not in said[1]
+    assert "empty" not in said[2] + capsys.readouterr().err
+
+
+def test_a_grader_that_says_one_thing_is_told(srrl, tmp_path, capsys):
+    label = {
+        "prompt": [{"role": "user", "content": "hello"}],
+        "completion": "hi",
+        "rubric": "greets",
+        "binary_labels": [True],
+    }
+    for name, line in (("labels", label), ("verdicts", {"criteria_met": True})):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(line) + "\n") * 20)
+    command = (
+        "meta-evaluate",
+        tmp_path / "verdicts.jsonl",
+        tmp_path / "labels.jsonl",
+        "--out",
+        tmp_path / "out",
+    )
+    assert srrl(*command) == 0
+    assert "srrl: warning: all verdicts are the same. Likely cause: the grader" in capsys.readouterr().err

@@ -8,9 +8,10 @@ from etils import epath
 from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch
 from srrl_jax.telemetry import read_jsonl
+from srrl_jax.telemetry.signs import SIGNS
 from srrl_jax.training import rewards, train
 from srrl_jax.training.batch import UpdateBatch
-from srrl_jax.training.guards import SIGNS, SkippedUpdates, new_warnings
+from srrl_jax.training.guards import SkippedUpdates, new_warnings
 
 RECIPE = ("kl_coef=0.1", "optimizer.minibatches=2", "checkpoint.every=1", "checkpoint.keep=5")
 
@@ -21,7 +22,7 @@ def test_a_sign_is_told_once_an_occurrence(name):
     told = [len(new_warnings(now, before)) for before, now in zip([{}, *history], history, strict=False)]
     assert told == [0, 1, 0, 0, 1]
     what, cause = SIGNS[name]
-    assert new_warnings({name: 1}, {}) == [f"{what}. Likely cause: {cause}"]
+    assert new_warnings({name: 1}, {}) == [f"all {what}. Likely cause: {cause}"]
 
 
 def batch():
