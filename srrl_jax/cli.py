@@ -144,13 +144,19 @@ def _plan(
 
 
 @app.command("status")
-def _status(run_dir: Annotated[str, typer.Argument(help="A run directory, here or gs://.")]) -> None:
+def _status(
+    run_dir: Annotated[str, typer.Argument(help="A run directory, here or gs://.")], as_json: Json = False
+) -> None:
     """Say on one screen where a run stands, from any machine that can read its directory."""
     from rich.console import Console
 
-    from srrl_jax.telemetry.status import status
+    from srrl_jax.telemetry.status import read_status, status_table
 
-    Console().print(status(run_dir))
+    found = read_status(run_dir)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(status_table(found))
 
 
 @app.command("report")
@@ -344,7 +350,7 @@ def _evaluate(
         str,
         typer.Argument(help="Checkpoint (HF, GGUF, RUN_DIR or RUN_DIR@STEP) or a name for --completions."),
     ],
-    rows: Annotated[str, typer.Argument(help="Rows with rubrics, e.g. HealthBench's hard.jsonl.")],
+    rows: Annotated[str, typer.Argument(help="Rows with rubrics, as srrl data check reads them.")],
     out: Annotated[str, typer.Option(help="Directory of samples and results; the same again resumes.")],
     completions: Annotated[str | None, typer.Option(help="Lines of prompt_id and completion.")] = None,
     grader: Annotated[
@@ -367,6 +373,11 @@ def _evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    field: Fields = None,
+    length_penalty: Annotated[
+        float, typer.Option(min=0, help="Of the length-adjusted score, for 500 characters beyond 2000.")
+    ] = 0.0147,
+    as_json: Json = False,
 ) -> None:
     """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
     from srrl_jax.evaluation.commands import run_evaluate
@@ -383,6 +394,9 @@ def _evaluate(
         repeats=repeats,
         where=where or [],
         limit=limit,
+        fields=_fields(field),
+        length_penalty=length_penalty,
+        as_json=as_json,
         answering=AnswerConfig(
             max_new_tokens, thinking, SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
         ),
@@ -419,6 +433,7 @@ def _meta_evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
     from srrl_jax.evaluation.commands import run_meta_evaluate
@@ -429,6 +444,7 @@ def _meta_evaluate(
         labels,
         out,
         limit=limit,
+        as_json=as_json,
         judging=_judging(
             temperature,
             template=template,

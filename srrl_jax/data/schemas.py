@@ -16,6 +16,7 @@ class Schema:
     Attributes:
       prompt, rubrics: of a row.
       criterion, points: of an item of the rubric.
+      prompt_id: of a row.
       tags: fields whose values become tags of the row, as "field:value".
     """
 
@@ -24,6 +25,7 @@ class Schema:
     rubrics: str = "rubrics"
     criterion: str = "criterion"
     points: str = "points"
+    prompt_id: str = "prompt_id"
     tags: tuple[str, ...] = ()
 
 
@@ -36,6 +38,7 @@ SCHEMAS = (
         prompt="conversation",
         rubrics="rubric_items",
         criterion="criterion_text",
+        prompt_id="id",
         tags=("use_case", "type", "difficulty", "specialty"),
     ),
     Schema("Rubrics as Rewards", "question", "rubric", "description", "weight"),
@@ -72,13 +75,16 @@ def find_schema(row: Any, fields: Mapping[str, str] = MappingProxyType({})) -> S
 def canonical_row(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
     """The row of `schema` with the names and types of HealthBench's; what cannot be read stays as it is.
 
-    A prompt that is a string is the user's one turn; content parts of text are joined; points in digits
-    are numbers; columns of JSON (of CSV files) are read.
+    A prompt that is a string is the user's one turn, of an object its `messages` are taken; content parts of
+    text are joined; points in digits are numbers; columns of JSON (of CSV files) are read.
     """
     prompt, rubrics = _parsed(row[schema.prompt]), _parsed(row[schema.rubrics])
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    result = {key: row[key] for key in ("prompt_id", "example_tags") if row.get(key) not in (None, "")}
+    elif isinstance(prompt, dict):
+        prompt = prompt.get("messages", prompt)
+    named = {"prompt_id": schema.prompt_id, "example_tags": "example_tags"}
+    result = {new: row[old] for new, old in named.items() if row.get(old) not in (None, "")}
     if "example_tags" in result:
         result["example_tags"] = _parsed(result["example_tags"])
     elif schema.tags:

@@ -1,7 +1,7 @@
 """`srrl evaluate` and `srrl meta-evaluate`: load, run, save, print."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,9 @@ def run_evaluate(
     repeats: int,
     where: Sequence[str],
     limit: int | None,
+    fields: Mapping[str, str],
+    length_penalty: float,
+    as_json: bool,
     answering: AnswerConfig,
     judging: JudgeConfig,
     batch: int,
@@ -44,7 +47,7 @@ def run_evaluate(
 ) -> Result:
     """Scores a checkpoint or a file of completions; see `srrl evaluate --help`. Raises InputError."""
     judging.read_template()  # what is wrong with it is told before weights are loaded
-    examples = select(load_examples(rows), where)[:limit]
+    examples = select(load_examples(rows, fields), where)[:limit]
     ready = completions and ready_answers(model, completions, examples, repeats)
     with sole_writer(f"{out}/writer"):
         own = grader in ("policy", model)
@@ -58,6 +61,7 @@ def run_evaluate(
             settings = {
                 "rows": rows,
                 "where": list(where),
+                **({"fields": dict(fields)} if fields else {}),
                 "template": template,
                 "judging": judge.settings,
                 "dtype": dtype,
@@ -71,14 +75,18 @@ def run_evaluate(
                 settings=settings,
                 repeats=repeats,
                 chunk=4 * batch,
+                length_penalty=length_penalty,
                 on_progress=on_progress,
             )
     lines = read_jsonl(f"{out}/samples.jsonl")
     shares = completion_shares((line["prompt_id"], line["response"], line["truncated"]) for line in lines)
     shares |= verdict_shares(item["verdict"] for line in lines for item in line["criteria"])
     tell(shares, set())
+    if as_json:
+        print((Path(out) / "results.json").read_text(encoding="utf-8"), end="")
+        return result
     console = Console()
-    console.print(score_table(result, judge.name, template))
+    console.print(score_table(result, judge.name, template, length_penalty))
     console.print(published_table(result, model, f"{judge.name}, template {template}", Path(rows).name))
     if repeats > 1:
         print(f"each repeat: {', '.join(f'{mean:.3f}' for mean in result.repeats)}")
@@ -96,6 +104,7 @@ def run_meta_evaluate(
     out: str,
     *,
     limit: int | None,
+    as_json: bool,
     judging: JudgeConfig,
     batch: int,
     dtype: str,
@@ -120,6 +129,9 @@ def run_meta_evaluate(
         result = meta_evaluate(rows, verdicts)
         save(result, out, {"grader": grader} | settings)
     tell(verdict_shares(verdicts), set())
+    if as_json:
+        print((Path(out) / "results.json").read_text(encoding="utf-8"), end="")
+        return result
     console = Console()
     console.print(agreement_table(result, grader, settings["template"]))
     console.print(confusion_table(result))

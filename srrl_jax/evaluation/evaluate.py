@@ -11,7 +11,15 @@ import jax
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import Answer, AnswerConfig, Checkpoint
 from srrl_jax.evaluation.samples import append_samples, open_samples, write_results
-from srrl_jax.evaluation.scores import OVERALL, Score, response_scores, summarize
+from srrl_jax.evaluation.scores import (
+    ADJUSTED,
+    LENGTH_PENALTY,
+    OVERALL,
+    Score,
+    length_adjusted,
+    response_scores,
+    summarize,
+)
 from srrl_jax.grading import GradingItem, Judge, Verdict
 from srrl_jax.rubrics import Example, score_response, visible_response
 from srrl_jax.telemetry import iter_jsonl
@@ -29,7 +37,7 @@ class Result(NamedTuple):
     """An evaluation.
 
     Attributes:
-      scores: by "overall", "theme:...", "axis:..." and every other tag.
+      scores: by "overall", "overall_length_adjusted", "theme:...", "axis:..." and every other tag.
       repeats: the overall mean of each repeat alone.
       responses: how many were graded.
       left_out: responses none of whose positive criteria got a verdict; they are in no mean.
@@ -89,6 +97,7 @@ def evaluate(
     settings: dict[str, Any],
     repeats: int = 1,
     chunk: int = 32,
+    length_penalty: float = LENGTH_PENALTY,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
     """Answers and grades every row `repeats` times and scores what came out.
@@ -98,6 +107,7 @@ def evaluate(
 
     Args:
       settings: what else decides the samples (rows, grader); kept in `out/settings.json`.
+      length_penalty: of `length_adjusted`.
       on_progress: told responses done and their total.
     """
     settings = {"model": answers.name, "grader": judge.name} | answers.settings | settings
@@ -115,12 +125,14 @@ def evaluate(
         done |= {(line["prompt_id"], line["sample"]): line for line in lines}
     on_progress(len(wanted), len(wanted))
     samples = [done[example.prompt_id, repeat] for example, repeat in wanted]
-    result = score_samples([example for example, _ in wanted], samples)
-    write_results(out, settings | _plain(result))
+    result = score_samples([example for example, _ in wanted], samples, length_penalty)
+    write_results(out, settings | {"length_penalty": length_penalty} | _plain(result))
     return result
 
 
-def score_samples(examples: Sequence[Example], samples: Sequence[dict[str, Any]]) -> Result:
+def score_samples(
+    examples: Sequence[Example], samples: Sequence[dict[str, Any]], length_penalty: float = LENGTH_PENALTY
+) -> Result:
     """Scores lines of `samples.jsonl`, each with the row that it answers."""
     verdicts = [[item["verdict"] for item in sample["criteria"]] for sample in samples]
     scores = [
@@ -129,6 +141,8 @@ def score_samples(examples: Sequence[Example], samples: Sequence[dict[str, Any]]
     ]
     by_repeat = defaultdict(list)
     for sample, score in zip(samples, scores, strict=True):
+        if score:
+            score[ADJUSTED] = length_adjusted(score[OVERALL], sample["response"], length_penalty)
         by_repeat[sample["sample"]].append(score)
     flat = [met for row in verdicts for met in row]
     each = [summarize(part).get(OVERALL) for _, part in sorted(by_repeat.items())]

@@ -1,6 +1,7 @@
 """Who answers and who judges on the command line: checkpoints, each loaded once, or a teacher."""
 
 import dataclasses
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -180,7 +181,7 @@ def open_judge(
             try:
                 yield teacher
             finally:
-                print(f"teacher {teacher.name}: {teacher.usage}")
+                print(f"teacher {teacher.name}: {teacher.usage}", file=sys.stderr)
     else:
         config.read_template()  # what is wrong with it is told before weights are loaded
         checkpoint = Checkpoint(grader, dtype, batch) if isinstance(grader, str) else grader

@@ -9,6 +9,9 @@ import numpy as np
 from srrl_jax.rubrics import Criterion, score_response
 
 OVERALL = "overall"
+ADJUSTED = "overall_length_adjusted"
+LENGTH_CENTER = 2000  # characters of a response for which nothing is taken and nothing given
+LENGTH_PENALTY = 0.0147  # of the score, for every further 500 characters: HealthBench Professional's
 _RESAMPLES = 1000
 
 
@@ -41,6 +44,19 @@ def response_scores(
         if score is not None:
             scores[tag] = score
     return scores
+
+
+def length_adjusted(score: float, response: str, penalty: float = LENGTH_PENALTY) -> float:
+    """A response's score with its length taken into account; not clipped, as `summarize` clips means.
+
+    Longer responses meet more criteria. Source: simple-evals' `calculate_length_adjusted_score` (see
+    `srrl_jax/evaluation/README.md`), which counts characters and gives to short ones what it takes from long.
+
+    Args:
+      response: what its user would see.
+      penalty: for 500 characters beyond 2000.
+    """
+    return score - penalty * (len(response) - LENGTH_CENTER) / 500
 
 
 def summarize(scores: Sequence[Mapping[str, float]], seed: int = 0) -> dict[str, Score]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from srrl_jax.evaluation.agreement import Agreement, mean
 from srrl_jax.evaluation.evaluate import Result
 from srrl_jax.evaluation.meta import MetaResult
-from srrl_jax.evaluation.scores import OVERALL
+from srrl_jax.evaluation.scores import ADJUSTED, LENGTH_CENTER, LENGTH_PENALTY, OVERALL
 from srrl_jax.rubrics import SIMPLE_EVALS_SHA256
 
 # HealthBench Hard, 1,000 rows: arXiv 2509.25534; o3 and GPT-5 as quoted there.
@@ -25,7 +25,8 @@ PUBLISHED = (
 # What simple-evals calls pairwise_model_f1_balanced is pooled; OpenAI's paper averages over criteria.
 PUBLISHED_GRADERS = (("GPT-4.1, OpenAI's paper", 0.71), ("physicians, OpenAI's paper", 0.647))
 
-_KINDS = (OVERALL, "theme:", "axis:", "level:")
+# Of HealthBench, and of HealthBench Professional the last four.
+_KINDS = (OVERALL, "theme:", "axis:", "level:", "use_case:", "type:", "difficulty:", "specialty:")
 
 
 def template_label(settings: Mapping[str, Any]) -> str:
@@ -34,7 +35,7 @@ def template_label(settings: Mapping[str, Any]) -> str:
     return f"{settings['template']} (simple-evals' own words)" if own else settings["template"]
 
 
-def score_table(result: Result, grader: str, template: str) -> Table:
+def score_table(result: Result, grader: str, template: str, length_penalty: float = LENGTH_PENALTY) -> Table:
     """Overall, per theme, per axis and per level: mean, bootstrap standard error, responses."""
     title = f"Score by {grader}, template {template}"
     table = _table("", "score", "± s.e.", "n", title=title)
@@ -43,6 +44,7 @@ def score_table(result: Result, grader: str, template: str) -> Table:
             score = result.scores[name]
             table.add_row(name, f"{score.mean:.3f}", f"{score.std_error:.3f}", str(score.n))
         table.add_section()
+    table.caption = f"{ADJUSTED}: less {length_penalty:g} per 500 characters beyond {LENGTH_CENTER}"
     return table
 
 

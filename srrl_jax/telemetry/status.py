@@ -4,6 +4,7 @@ import json
 import statistics
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 from etils import epath
@@ -20,8 +21,8 @@ _TAIL = 20  # steps that say how long one takes, and events that are looked at
 _SILENCE = 120.0  # seconds without a sign after which a run may be dead; or three steps, if that is more
 
 
-def status(run_dir: str | Path, now: datetime | None = None) -> Table:
-    """A screen of a run: what it does, how far it is, its latest metrics, warnings and checkpoints.
+def read_status(run_dir: str | Path, now: datetime | None = None) -> dict[str, Any]:
+    """What a run does, how far it is, its latest metrics, warnings and checkpoints, in JSON's types.
 
     Whether it lives is told by the newest time that it wrote down, so clocks of the machines should agree.
 
@@ -33,14 +34,35 @@ def status(run_dir: str | Path, now: datetime | None = None) -> Table:
         raise InputError(f"{run_dir}: no run is here (no config.yaml); give the run_dir of a recipe")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     metrics, timings, events = (_tail(folder / f"{name}.jsonl") for name in ("metrics", "timings", "events"))
-    path = folder / "progress.json"
+    path, trackers = folder / "progress.json", folder / "trackers.json"
     progress = json.loads(path.read_text()) if path.exists() else None
     done, steps = (metrics[-1]["step"] if metrics else 0), config["steps"]
     totals = [
         sum(v for k, v in row.items() if k.startswith("time/") and k != "time/compile") for row in timings
     ]
     usual = statistics.median(totals) if totals else None
+    latest: dict[str, float] = {}
+    for row in metrics:
+        latest |= row
+    state, style = _state(done, steps, usual, progress, events, now)
+    return {
+        "run_dir": str(run_dir),
+        "model": config["model"],
+        "state": state,
+        "style": style,
+        "step": done,
+        "steps": steps,
+        "seconds_per_step": usual,
+        "seconds_left": usual * (steps - done) if usual and done < steps else None,
+        "latest": {key: value for key, value in latest.items() if key != "step"},
+        "events": [event for event in events if event["event"] not in ("start", "resume")][-5:],
+        "checkpoints": _checkpoints(folder),
+        "trackers": json.loads(trackers.read_text()) if trackers.exists() else {},
+    }
 
+
+def status_table(found: dict[str, Any]) -> Table:
+    """What `read_status` found, on one screen."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -48,22 +70,20 @@ def status(run_dir: str | Path, now: datetime | None = None) -> Table:
     def line(name: str, text: str, style: str = "") -> None:
         table.add_row(name, Text(text, style=style))
 
-    line("run", f"{run_dir} ({config['model']})")
-    line("state", *_state(done, steps, usual, progress, events, now))
-    line("step", f"{done} of {steps} ({done / steps:.0%})")
-    if usual and done < steps:
-        line("time", f"{duration(usual)} a step, so about {duration(usual * (steps - done))} left")
-    latest: dict[str, float] = {}
-    for row in metrics:
-        latest |= row
+    latest = found["latest"]
+    line("run", f"{found['run_dir']} ({found['model']})")
+    line("state", found["state"], found["style"])
+    line("step", f"{found['step']} of {found['steps']} ({found['step'] / found['steps']:.0%})")
+    if found["seconds_left"]:
+        each, left = duration(found["seconds_per_step"]), duration(found["seconds_left"])
+        line("time", f"{each} a step, so about {left} left")
     values = [f"{label} {number(latest[key])}" for key, label in COLUMNS.items() if key in latest]
     line("latest", "  ".join(values) or "–")
-    for event in [event for event in events if event["event"] not in ("start", "resume")][-5:]:
+    for event in found["events"]:
         line(event["event"], f"step {event['step']}: {event['message']}", "yellow")
-    line("checkpoints", ", ".join(map(str, _checkpoints(folder))) or "none yet")
-    if (folder / "trackers.json").exists():
-        kept = json.loads((folder / "trackers.json").read_text())
-        line("trackers", ", ".join(f"{name} {each['id']}" for name, each in kept.items()))
+    line("checkpoints", ", ".join(map(str, found["checkpoints"])) or "none yet")
+    if found["trackers"]:
+        line("trackers", ", ".join(f"{name} {each['id']}" for name, each in found["trackers"].items()))
     return table
 
 

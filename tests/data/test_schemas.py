@@ -25,7 +25,8 @@ ITEM = {"criterion": "says why", "points": 2}
         (
             "HealthBench Professional",
             {
-                "conversation": [TURN],
+                "id": "seven",
+                "conversation": {"messages": [TURN]},
                 "rubric_items": [{"criterion_text": "says why", "points": 2}],
                 "use_case": "consult",
             },
@@ -52,6 +53,7 @@ def test_each_schema_gives_the_same_example(tmp_path, schema, row, fields):
     (example,) = load_examples(path, fields)
     assert example.prompt == (TURN,)
     assert [(c.criterion, c.points) for c in example.rubrics] == [("says why", 2)]
+    assert "id" not in row or example.prompt_id == "seven"
     assert example.example_tags == (("use_case:consult",) if "use_case" in row else ())
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from srrl_jax.data import load_examples
-from srrl_jax.evaluation.scores import Score, response_scores, summarize
-from srrl_jax.rubrics import Criterion
+from srrl_jax.evaluation.evaluate import score_samples
+from srrl_jax.evaluation.scores import Score, length_adjusted, response_scores, summarize
+from srrl_jax.rubrics import Criterion, Example
 
 RUBRIC = (
     Criterion("a", 7, ("axis:accuracy", "level:example")),
@@ -47,6 +48,26 @@ def test_means_are_clipped_and_responses_are_not():
     assert scores["x"][0] == 0.0 and scores["x"].n == 2
     assert summarize([{"overall": 2.0}, {"overall": 3.0}])["overall"] == Score(1.0, 0.0, 2)
     assert summarize([]) == {}
+
+
+def test_length_is_taken_from_the_raw_score_and_then_the_mean_is_clipped():
+    assert length_adjusted(0.5, "x" * 2000) == 0.5
+    assert length_adjusted(0.5, "x" * 4500) == pytest.approx(0.5 - 5 * 0.0147)
+    assert length_adjusted(0.5, "") == pytest.approx(0.5 + 4 * 0.0147)
+    assert length_adjusted(-0.2, "x" * 2500, 0.0392) == pytest.approx(-0.2392)
+    example = Example(({"role": "user", "content": "?"},), RUBRIC, "one", ())
+    all_met, none_met = [True] * 3 + [False], [False] * 3 + [True]  # 1 and -6 / 22
+
+    def sample(number, length, met):
+        return {"sample": number, "response": "é" * length, "criteria": [{"verdict": v} for v in met]}
+
+    result = score_samples([example] * 2, [sample(0, 0, all_met), sample(1, 52000, none_met)], 0.01)
+    assert result.scores["overall"].mean == pytest.approx((1 - 6 / 22) / 2)
+    # 1.04 is above 1 and stays so, -1.27 below 0: clipped one by one, their mean would be 0.5.
+    assert result.scores["overall_length_adjusted"].mean == 0.0
+    assert score_samples([example], [sample(0, 0, all_met)]).scores["overall_length_adjusted"].mean == 1.0
+    unread = score_samples([example], [sample(0, 0, [None] * 4)])
+    assert (unread.scores, unread.left_out) == ({}, 1)
 
 
 def test_the_standard_error_is_that_of_the_mean():

@@ -76,6 +76,13 @@ def test_evaluate_takes_a_teacher_and_loads_no_model(teacher, completions, tmp_p
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["grader"], results["template"]) == ("oracle-1", str(WORLD / "grader.txt"))
     assert results["scores"]["overall"]["mean"] == pytest.approx(max(0, sum(scores) / 3))
+    # Far below 2000 characters, so a little is given.
+    adjusted = [score - 0.05 * (len("have a lovely day . bring a towel .") - 2000) / 500 for score in scores]
+    again = srrl(*command, "--out", tmp_path / "out", "--length-penalty", 0.05, "--json")
+    told = json.loads(again.stdout)
+    assert told["scores"]["overall"] == results["scores"]["overall"] and told["length_penalty"] == 0.05
+    mean = told["scores"]["overall_length_adjusted"]["mean"]
+    assert mean == pytest.approx(min(1, max(0, sum(adjusted) / 3)))
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(b"sk-very-secret" in data for data in written)
     with pytest.raises(InputError, match="stands in its file; leave the options out"):
@@ -95,3 +102,30 @@ def test_meta_evaluate_takes_a_teacher(teacher, tmp_path):
     assert results["grader"] == str(teacher) and results["unscorable"] == 0
     assert results["template"] == str(WORLD / "grader.txt")
     assert results["pooled"]["only_verdict"] == results["pooled"]["only_label"] == 0
+
+
+def test_evaluate_takes_rows_of_other_schemas(teacher, completions, tmp_path):
+    path, scores = completions
+    professional = [
+        {
+            "id": example.prompt_id,
+            "conversation": {"messages": list(example.prompt)},
+            "rubric_items": [{"criterion_text": c.criterion, "points": c.points} for c in example.rubrics],
+            "use_case": "consult",
+            "difficulty": "typical",
+        }
+        for example in load_examples(HARD)[:3]
+    ]
+    own = [
+        {"prompt_id": row["id"], "asked": row["conversation"], "rubric_items": row["rubric_items"]}
+        for row in professional
+    ]
+    (tmp_path / "professional.json").write_text(json.dumps(professional))
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    pairs = ("prompt=asked", "rubrics=rubric_items", "criterion=criterion_text")
+    common = ("--completions", path, "--grader", teacher, "--json")
+    for name, options in (("professional", []), ("own", [f"--field={pair}" for pair in pairs])):
+        done = srrl("evaluate", "x", tmp_path / f"{name}.json", *common, *options, "--out", tmp_path / name)
+        told = json.loads(done.stdout)["scores"]
+        assert told["overall"]["mean"] == pytest.approx(max(0, sum(scores) / 3))
+        assert ("use_case:consult" in told) == ("difficulty:typical" in told) == (name == "professional")

@@ -1,6 +1,7 @@
 """`srrl status`: where a run stands, told from its directory."""
 
 import io
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import RunLog
-from srrl_jax.telemetry.status import status
+from srrl_jax.telemetry.status import read_status, status_table
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -27,9 +28,13 @@ def run_dir(request, tmp_path):
     return folder
 
 
+def found(run_dir, later: float = 0) -> dict:
+    return read_status(run_dir, datetime.now(UTC) + timedelta(seconds=later))
+
+
 def screen(run_dir, later: float = 0) -> str:
     out = io.StringIO()
-    Console(file=out, width=120).print(status(run_dir, datetime.now(UTC) + timedelta(seconds=later)))
+    Console(file=out, width=120).print(status_table(found(run_dir, later)))
     assert len(out.getvalue().splitlines()) < 24
     return " ".join(out.getvalue().split())
 
@@ -46,6 +51,14 @@ def test_a_run_is_seen_on_one_screen(run_dir):
         "checkpoints 2",
     ):
         assert text in shown
+
+
+def test_other_programs_read_the_same(run_dir):
+    told = json.loads(json.dumps(found(run_dir, later=20)))
+    assert (told["step"], told["steps"], told["checkpoints"]) == (3, 10, [2])
+    assert (told["seconds_per_step"], told["seconds_left"]) == (40.0, 280.0)
+    assert told["latest"] == {"reward/mean": 0.3} and told["events"][0]["message"] == "no variance"
+    assert told["state"].startswith("running: grading 24/128")
 
 
 def test_a_run_without_a_sign_is_called_silent(run_dir):
@@ -69,4 +82,4 @@ def test_a_finished_run_says_so(run_dir):
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="no run is here"):
-        status(tmp_path)
+        read_status(tmp_path)
