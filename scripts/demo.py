@@ -18,6 +18,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax.actor import Actor
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem
 from srrl_jax.models import Qwen3
@@ -28,7 +29,7 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.report import write_report
 from srrl_jax.tinyworld import grader_pairs, oracle
 from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.experience import SelfRewarder
+from srrl_jax.training.experience import make_actor
 
 
 def oracle_curve(samples: list[dict], split: str) -> list[tuple[int, float]]:
@@ -42,11 +43,11 @@ def oracle_curve(samples: list[dict], split: str) -> list[tuple[int, float]]:
     return [(step, sum(values) / len(values)) for step, values in sorted(scores.items())]
 
 
-def grader_accuracy(rewarder: SelfRewarder, params) -> float:
+def grader_accuracy(actor: Actor, params) -> float:
     """Share of right verdicts on fixed answers to held-out prompts, half of them met; unreadable is wrong."""
     pairs = grader_pairs()
     items = [GradingItem(messages, response, [criterion]) for messages, response, criterion, _ in pairs]
-    verdicts = rewarder.grader.grade(params, items, jax.random.key(0))
+    verdicts = actor.grader.grade(params, items, jax.random.key(0))
     return sum(row[0].met is truth for row, (*_, truth) in zip(verdicts, pairs, strict=True)) / len(pairs)
 
 
@@ -59,8 +60,8 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        rewarder = SelfRewarder(model, load_tokenizer(config.model), config, mesh)
-        accuracy = [grader_accuracy(rewarder, params) for params in (nnx.state(model), final.params)]
+        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
+        accuracy = [grader_accuracy(actor, params) for params in (nnx.state(model), final.params)]
 
     samples = read_jsonl(run_dir / "samples.jsonl")
     hard, easy = oracle_curve(samples, "eval"), oracle_curve(samples, "train")

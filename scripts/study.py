@@ -32,7 +32,7 @@ from srrl_jax.parallel import make_mesh
 from srrl_jax.telemetry import iter_jsonl, read_jsonl
 from srrl_jax.tinyworld import grader_pairs
 from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.experience import SelfRewarder
+from srrl_jax.training.experience import make_actor
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def accuracies(config: TrainConfig, params) -> list[dict[str, float]]:
     mesh, found = make_mesh(config.mesh), []
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        rewarder = SelfRewarder(model, load_tokenizer(config.model), config, mesh)
+        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
         for weights in (nnx.state(model), params):
-            verdicts = rewarder.grader.grade(weights, items, jax.random.key(0))
+            verdicts = actor.grader.grade(weights, items, jax.random.key(0))
             right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
             kinds = {"": right, "_item": right[~style], "_style": right[style]}
             found.append({f"accuracy{kind}": float(values.mean()) for kind, values in kinds.items()})

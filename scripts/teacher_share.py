@@ -30,7 +30,7 @@ from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_reply
 from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.experience import SelfRewarder
+from srrl_jax.training.experience import make_actor
 
 SHARES = (0, 0.01, 0.05, 0.2)
 SEEDS = (0, 1, 2)
@@ -74,8 +74,8 @@ def figures(config: TrainConfig) -> tuple[list[float], list[float]]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        rewarder = SelfRewarder(model, load_tokenizer(config.model), config, mesh)
-        accuracy = [grader_accuracy(rewarder, p) for p in (nnx.state(model), final.params)]
+        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
+        accuracy = [grader_accuracy(actor, p) for p in (nnx.state(model), final.params)]
     run_dir = Path(config.run_dir)
     truth = [score for _, score in oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval")]
     own = [row["eval/self"] for row in read_jsonl(run_dir / "metrics.jsonl") if "eval/self" in row]

@@ -43,7 +43,7 @@ for criterion in example.rubrics:
 # %%
 policy = Checkpoint(config.model)
 print(f"{policy.model.config.num_hidden_layers} layers, "
-      f"{sum(leaf.size for leaf in jax.tree.leaves(policy.params)):,} weights")  # fmt: skip
+      f"{sum(leaf.size for leaf in jax.tree.leaves(policy.weights)):,} weights")  # fmt: skip
 answering = AnswerConfig(config.rollout.max_new_tokens, sampling=SamplingConfig(temperature=1.0))
 (answers,) = policy.answers([example.prompt], [0], jax.random.key(0), answering, samples=4)
 for answer in answers:

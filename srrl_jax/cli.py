@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from srrl_jax.starting import Json, init, list_recipes
 from srrl_jax.viewer.command import view
 
 if TYPE_CHECKING:
+    from srrl_jax.evaluation.judge import Runtime
     from srrl_jax.grading import JudgeConfig
 
 # With these libtpu gathers the weights that `fsdp` cuts while it multiplies; without, it waits for each.
@@ -50,7 +51,15 @@ def _root(
 
 # Options that several commands have.
 Seed = Annotated[int, typer.Option(min=0)]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the computation.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"], typer.Option(help="Type of the weights and of the computation.")
+]
+Mesh = Annotated[
+    str,
+    typer.Option(
+        metavar="AXIS=SIZE,...", help="As a recipe's mesh, e.g. data=2,tensor=4; by default fsdp over all."
+    ),
+]
 Template = Annotated[
     str, typer.Option(help="shared, healthbench, or a file: simple-evals' healthbench_eval.py is one.")
 ]
@@ -289,6 +298,7 @@ def _sample(
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at one time.")] = 8,
     dtype: Dtype = "float32",
+    mesh: Mesh = "",
     seed: Seed = 0,
 ) -> None:
     """Sample completions of prompts; shapes follow from the rows."""
@@ -297,17 +307,41 @@ def _sample(
     from srrl_jax.sampling import SamplingConfig
 
     config = AnswerConfig(max_new_tokens, thinking, SamplingConfig(temperature, top_k, top_p, min_p))
-    lines = sample_file(
-        model, source, out, samples=samples, config=config, batch=batch, dtype=dtype, seed=seed
-    )
+    runtime = _runtime(batch, dtype, mesh, seed)
+    lines = sample_file(model, source, out, samples=samples, config=config, runtime=runtime)
     print(f"{lines} new lines in {out}")
 
 
-def _judging(temperature: float, **asked: Any) -> "JudgeConfig":
+def _runtime(batch: int, dtype: str, mesh: str, seed: int) -> "Runtime":
+    from srrl_jax.evaluation.judge import Runtime
+    from srrl_jax.parallel import MeshConfig
+
+    return Runtime(batch, dtype, MeshConfig.parse(mesh), seed)
+
+
+def _judging(
+    template: str,
+    tries: int,
+    votes: int,
+    together: bool,
+    max_new_tokens: int,
+    verdict: str,
+    thinking: bool,
+    temperature: float,
+) -> "JudgeConfig":
     """How weights are asked to judge, from the options of a command."""
     from srrl_jax.grading import JudgeConfig
 
-    return JudgeConfig(sampling=dataclasses.replace(JudgeConfig.sampling, temperature=temperature), **asked)
+    return JudgeConfig(
+        template=template,
+        tries=tries,
+        votes=votes,
+        together=together,
+        max_new_tokens=max_new_tokens,
+        verdict=verdict,
+        thinking=thinking,
+        sampling=dataclasses.replace(JudgeConfig.sampling, temperature=temperature),
+    )
 
 
 @app.command("grade")
@@ -325,22 +359,14 @@ def _grade(
     thinking: GraderThinks = False,
     batch: Annotated[int, typer.Option(min=1, help="Responses at one time.")] = 8,
     dtype: Dtype = "float32",
+    mesh: Mesh = "",
     seed: Seed = 0,
 ) -> None:
     """Grade completions against the rubrics of their rows; shapes follow from the rows."""
     from srrl_jax.evaluation.lines import grade_file
 
-    config = _judging(
-        temperature,
-        template=template,
-        tries=tries,
-        votes=votes,
-        together=together,
-        max_new_tokens=max_new_tokens,
-        verdict=verdict,
-        thinking=thinking,
-    )
-    lines = grade_file(model, source, out, config=config, batch=batch, dtype=dtype, seed=seed)
+    config = _judging(template, tries, votes, together, max_new_tokens, verdict, thinking, temperature)
+    lines = grade_file(model, source, out, config=config, runtime=_runtime(batch, dtype, mesh, seed))
     print(f"{lines} new lines in {out}")
 
 
@@ -372,6 +398,7 @@ def _evaluate(
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
     dtype: Dtype = "float32",
+    mesh: Mesh = "",
     seed: Seed = 0,
     field: Fields = None,
     length_penalty: Annotated[
@@ -401,18 +428,16 @@ def _evaluate(
             max_new_tokens, thinking, SamplingConfig(temperature=temperature, top_k=20, top_p=0.95)
         ),
         judging=_judging(
+            template,
+            tries,
+            votes,
+            together,
+            grader_max_new_tokens,
+            verdict,
+            grader_thinking,
             grader_temperature,
-            template=template,
-            tries=tries,
-            votes=votes,
-            together=together,
-            max_new_tokens=grader_max_new_tokens,
-            verdict=verdict,
-            thinking=grader_thinking,
         ),
-        batch=batch,
-        dtype=dtype,
-        seed=seed,
+        runtime=_runtime(batch, dtype, mesh, seed),
     )
 
 
@@ -432,6 +457,7 @@ def _meta_evaluate(
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,
     dtype: Dtype = "float32",
+    mesh: Mesh = "",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -445,19 +471,8 @@ def _meta_evaluate(
         out,
         limit=limit,
         as_json=as_json,
-        judging=_judging(
-            temperature,
-            template=template,
-            tries=tries,
-            votes=votes,
-            together=together,
-            max_new_tokens=max_new_tokens,
-            verdict=verdict,
-            thinking=thinking,
-        ),
-        batch=batch,
-        dtype=dtype,
-        seed=seed,
+        judging=_judging(template, tries, votes, together, max_new_tokens, verdict, thinking, temperature),
+        runtime=_runtime(batch, dtype, mesh, seed),
     )
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from srrl_jax.data import load_examples, select
 from srrl_jax.evaluation.evaluate import Result, answers_of, evaluate, ready_answers
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, open_judge
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, open_judge
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate, ready_verdicts, save
 from srrl_jax.evaluation.tables import (
@@ -41,9 +41,7 @@ def run_evaluate(
     as_json: bool,
     answering: AnswerConfig,
     judging: JudgeConfig,
-    batch: int,
-    dtype: str,
-    seed: int,
+    runtime: Runtime,
 ) -> Result:
     """Scores a checkpoint or a file of completions; see `srrl evaluate --help`. Raises InputError."""
     judging.read_template()  # what is wrong with it is told before weights are loaded
@@ -51,10 +49,12 @@ def run_evaluate(
     ready = completions and ready_answers(model, completions, examples, repeats)
     with sole_writer(f"{out}/writer"):
         own = grader in ("policy", model)
-        policy = None if ready and not own else Checkpoint(model, dtype, batch)
-        answers = ready or answers_of(policy, answering, {"answering": dataclasses.asdict(answering)}, seed)
+        policy = None if ready and not own else Checkpoint(model, runtime)
+        answers = ready or answers_of(
+            policy, answering, {"answering": dataclasses.asdict(answering)}, runtime.seed
+        )
         with (
-            open_judge(policy if own else grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+            open_judge(policy if own else grader, judging, runtime) as judge,
             _progress("responses") as on_progress,
         ):
             template = template_label(judge.settings)
@@ -64,9 +64,7 @@ def run_evaluate(
                 **({"fields": dict(fields)} if fields else {}),
                 "template": template,
                 "judging": judge.settings,
-                "dtype": dtype,
-                "seed": seed,
-            }
+            } | runtime.settings
             result = evaluate(
                 examples,
                 answers,
@@ -74,7 +72,7 @@ def run_evaluate(
                 out,
                 settings=settings,
                 repeats=repeats,
-                chunk=4 * batch,
+                chunk=4 * runtime.batch,
                 length_penalty=length_penalty,
                 on_progress=on_progress,
             )
@@ -106,9 +104,7 @@ def run_meta_evaluate(
     limit: int | None,
     as_json: bool,
     judging: JudgeConfig,
-    batch: int,
-    dtype: str,
-    seed: int,
+    runtime: Runtime,
 ) -> MetaResult:
     """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
     rows = load_labels(labels)[:limit]
@@ -118,13 +114,13 @@ def run_meta_evaluate(
             verdicts = ready_verdicts(grader, len(rows))
         else:
             with (
-                open_judge(grader, judging, seed=seed, dtype=dtype, batch=batch) as judge,
+                open_judge(grader, judging, runtime) as judge,
                 _progress("labels") as on_progress,
             ):
                 template = template_label(judge.settings)
-                settings |= {"template": template, "judging": judge.settings, "dtype": dtype, "seed": seed}
+                settings |= {"template": template, "judging": judge.settings} | runtime.settings
                 verdicts = grade_labels(
-                    rows, judge, out, settings=settings, chunk=4 * batch, on_progress=on_progress
+                    rows, judge, out, settings=settings, chunk=4 * runtime.batch, on_progress=on_progress
                 )
         result = meta_evaluate(rows, verdicts)
         save(result, out, {"grader": grader} | settings)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from srrl_jax.actor import Answer
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import Answer, AnswerConfig, Checkpoint
-from srrl_jax.evaluation.samples import append_samples, open_samples, write_results
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint
+from srrl_jax.evaluation.samples import append_lines, open_lines, write_results
 from srrl_jax.evaluation.scores import (
     ADJUSTED,
     LENGTH_PENALTY,
@@ -111,7 +112,9 @@ def evaluate(
       on_progress: told responses done and their total.
     """
     settings = {"model": answers.name, "grader": judge.name} | answers.settings | settings
-    done = {(line["prompt_id"], line["sample"]): line for line in open_samples(out, settings)}
+    path = Path(out) / "samples.jsonl"
+    lines = open_lines(path, path.with_name("settings.json"), settings)
+    done = {(line["prompt_id"], line["sample"]): line for line in lines}
     wanted = [(example, repeat) for repeat in range(repeats) for example in examples]
     todo = [pair for pair in wanted if (pair[0].prompt_id, pair[1]) not in done]
     for part in _chunks(todo, chunk):
@@ -121,7 +124,7 @@ def evaluate(
             [GradingItem(e.prompt, a.response, e.rubrics) for (e, _), a in zip(part, replies, strict=True)]
         )
         lines = [_sample(*pair, reply, row) for pair, reply, row in zip(part, replies, verdicts, strict=True)]
-        append_samples(out, lines)
+        append_lines(path, lines)
         done |= {(line["prompt_id"], line["sample"]): line for line in lines}
     on_progress(len(wanted), len(wanted))
     samples = [done[example.prompt_id, repeat] for example, repeat in wanted]

@@ -5,12 +5,13 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from srrl_jax.actor import Actor, Answer, OnWave, encode_prompt, read_completion
 from srrl_jax.errors import InputError
 from srrl_jax.grading import (
     Grader,
@@ -19,22 +20,13 @@ from srrl_jax.grading import (
     Teacher,
     TeacherConfig,
     Verdict,
-    opened_thought,
 )
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.rubrics import Message, template_sha256, visible_response
+from srrl_jax.parallel import MeshConfig, make_mesh, row_shards
+from srrl_jax.rubrics import Message, template_sha256
 from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
 from srrl_jax.sampling.buckets import ladder
-
-
-class Answer(NamedTuple):
-    """A completion: its whole text, what a user would see of it, and how long it took."""
-
-    completion: str
-    response: str
-    tokens: int
-    truncated: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +38,35 @@ class AnswerConfig:
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
 
 
-class Checkpoint:
-    """A model with its tokenizer, from a directory (safetensors or GGUF) or hub id.
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How checkpoints run: prompts or responses at one time, type of weights and computation, mesh, seed."""
 
-    Args:
-      source: where it lies.
-      dtype: of the computation; weights stay float32.
-      rows: prefixes that run at one time.
+    batch: int = 8
+    dtype: str = "float32"
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes samples and verdicts."""
+        return {"dtype": self.dtype, "seed": self.seed}
+
+
+class Checkpoint:
+    """A model with its weights and its tokenizer, from a directory (safetensors or GGUF) or hub id.
+
+    Raises:
+      InputError: see `Qwen3.from_pretrained` and `make_mesh`.
     """
 
-    def __init__(self, source: str, dtype: str = "float32", rows: int = 8):
-        self.name, self.rows = source, rows
+    def __init__(self, source: str, runtime: Runtime = Runtime()):
+        self.name, self.mesh = source, make_mesh(runtime.mesh)
+        cut = row_shards(self.mesh)
+        self.rows = -(-runtime.batch // cut) * cut
         self.tokenizer = load_tokenizer(source)
-        self.model = Qwen3.from_pretrained(source)
-        self.model.dtype = jnp.dtype(dtype)
-        self.params = nnx.state(self.model)
+        self.model = Qwen3.from_pretrained(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
+        self.weights = nnx.state(self.model)  # once prepared, both layouts
 
     def answer(
         self, prompts: Sequence[Sequence[Message]], ids: Sequence[int], key: jax.Array, config: AnswerConfig
@@ -77,30 +83,29 @@ class Checkpoint:
         samples: int,
     ) -> list[list[Answer]]:
         """As `answer`, with several completions of each prompt, which is read once for all of them."""
-        rendered = [self.tokenizer.render(list(prompt), thinking=config.thinking) for prompt in prompts]
-        tokens = [self.tokenizer.encode(text) for text in rendered]
-        sampler = self._sampler(
-            map(len, tokens), [0], (samples,), new_tokens=config.max_new_tokens, sampling=config.sampling
-        )
-        sampled = sampler.generate(self.params, tokens, [[[]] * samples] * len(tokens), key, row_ids=ids)
+        asked = [encode_prompt(self.tokenizer, prompt, config.thinking) for prompt in prompts]
+        tokens = [prompt for prompt, _ in asked]
+        actor = Actor(self._sampler(config, map(len, tokens), [0], (samples,)))
+        with jax.set_mesh(self.mesh):
+            self.weights = actor.prepare(self.weights)
+            groups = actor.answer(self.weights, tokens, samples, key, ids)
         return [
-            [
-                Answer(
-                    text := self.tokenizer.decode(completion.tokens.tolist()),
-                    visible_response(opened_thought(prompt) + text),
-                    len(completion.tokens),
-                    bool(completion.truncated),
-                )
-                for completion in group
-            ]
-            for prompt, group in zip(rendered, sampled, strict=True)
+            [read_completion(self.tokenizer, opening, completion) for completion in group]
+            for (_, opening), group in zip(asked, groups, strict=True)
         ]
 
-    def grade(self, items: Sequence[GradingItem], key: jax.Array, config: JudgeConfig) -> list[list[Verdict]]:
+    def grade(
+        self,
+        items: Sequence[GradingItem],
+        key: jax.Array,
+        config: JudgeConfig,
+        on_wave: OnWave = lambda done, total: None,
+    ) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
         grader = Grader.at(config, self.tokenizer)
         prefixes, branches = zip(*map(grader.encode, items), strict=True)
         grader.sampler = self._sampler(
+            config,
             map(len, prefixes),
             [len(branch) for row in branches for branch in row],
             Grader.fan_out(
@@ -109,35 +114,34 @@ class Checkpoint:
                 config.votes,
                 config.together,
             ),
-            new_tokens=config.max_new_tokens,
-            sampling=config.sampling,
-            trunk=grader.question.trunk,
+            grader.question.trunk,
         )
         texts = repr([(list(item.prompt), item.response) for item in items])
-        return grader.grade(self.params, items, jax.random.fold_in(key, zlib.crc32(texts.encode())))
+        key = jax.random.fold_in(key, zlib.crc32(texts.encode()))
+        actor = Actor(grader.sampler, grader)
+        with jax.set_mesh(self.mesh):
+            if config.verdict == "generate":  # else nothing is decoded
+                self.weights = actor.prepare(self.weights)
+            return actor.judge(self.weights, key).grade(items, on_wave)
 
-    def _sampler(self, prefixes, branches, fan_out, *, new_tokens, sampling, trunk=()) -> Sampler:
+    def _sampler(self, config: AnswerConfig | JudgeConfig, prefixes, branches, fan_out, trunk=()) -> Sampler:
         branch, positions = ladder(branches), self.model.config.max_position_embeddings
-        room = positions - branch[-1] - new_tokens
+        room = positions - branch[-1] - config.max_new_tokens
         if room < 1:
             raise InputError(
-                f"{self.name}: a criterion of {branch[-1]} tokens and {new_tokens} new ones leave no room in "
-                f"its {positions} positions (max_position_embeddings); shorten the template or the reply"
+                f"{self.name}: a criterion of {branch[-1]} tokens and {config.max_new_tokens} new ones leave "
+                f"no room in its {positions} positions (max_position_embeddings); shorten the template or "
+                "the reply"
             )
-        buckets = Buckets(
-            tuple(sorted({min(size, room) for size in ladder(prefixes)})),
-            fan_out,
-            branch,
-            (self.rows,),
-            trunk,
-        )
+        prefix = tuple(sorted({min(size, room) for size in ladder(prefixes)}))
         return Sampler(
             self.model,
-            buckets,
-            new_tokens=new_tokens,
+            Buckets(prefix, fan_out, branch, (self.rows,), trunk),
+            new_tokens=config.max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
-            sampling=sampling,
+            sampling=config.sampling,
             allowed=min(self.tokenizer.size, self.model.config.vocab_size),
+            mesh=self.mesh,
         )
 
 
@@ -158,13 +162,15 @@ class CheckpointJudge:
         digest = template_sha256(self.config.read_template())
         return dataclasses.asdict(self.config) | {"template_sha256": digest}
 
-    def grade(self, items: Sequence[GradingItem]) -> list[list[Verdict]]:
-        return self.checkpoint.grade(items, self.key, self.config)
+    def grade(
+        self, items: Sequence[GradingItem], on_wave: OnWave = lambda done, total: None
+    ) -> list[list[Verdict]]:
+        return self.checkpoint.grade(items, self.key, self.config, on_wave)
 
 
 @contextmanager
 def open_judge(
-    grader: str | Checkpoint, config: JudgeConfig, *, seed: int, dtype: str, batch: int
+    grader: str | Checkpoint, config: JudgeConfig, runtime: Runtime
 ) -> Iterator[CheckpointJudge | Teacher]:
     """The judge that a command line names: a checkpoint, or the YAML file of a teacher.
 
@@ -184,5 +190,5 @@ def open_judge(
                 print(f"teacher {teacher.name}: {teacher.usage}", file=sys.stderr)
     else:
         config.read_template()  # what is wrong with it is told before weights are loaded
-        checkpoint = Checkpoint(grader, dtype, batch) if isinstance(grader, str) else grader
-        yield CheckpointJudge(checkpoint, config, jax.random.fold_in(jax.random.key(seed), 1))
+        checkpoint = Checkpoint(grader, runtime) if isinstance(grader, str) else grader
+        yield CheckpointJudge(checkpoint, config, jax.random.fold_in(jax.random.key(runtime.seed), 1))

@@ -1,8 +1,6 @@
 """`srrl sample` and `srrl grade`: JSON lines in, JSON lines out, resumed where they stopped."""
 
 import dataclasses
-import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, open_judge
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, open_judge
+from srrl_jax.evaluation.samples import append_lines, open_lines
 from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
-from srrl_jax.telemetry import iter_jsonl, read_jsonl
+from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.telemetry.signs import completion_shares, tell, verdict_shares
 
 Row = tuple[str, dict[str, Any], Example]  # its id in OUT, the line as it stands, what it says
@@ -32,9 +31,7 @@ def sample_file(
     *,
     samples: int,
     config: AnswerConfig,
-    batch: int,
-    dtype: str,
-    seed: int,
+    runtime: Runtime,
 ) -> int:
     """Adds completions to rows: OUT gets a line of each sample. Returns the number of new lines.
 
@@ -43,14 +40,16 @@ def sample_file(
     Raises InputError: a bad row (file:line), or an OUT that was made with other settings, or that another
     process writes.
     """
-    settings = {"command": "sample", "model": model, "samples": samples, "dtype": dtype, "seed": seed}
+    settings = {"command": "sample", "model": model, "samples": samples} | runtime.settings
     rows = _rows(
         source, lambda row: {"prompt": row.get("prompt"), "rubrics": _ANY, "prompt_id": row.get("prompt_id")}
     )
 
     def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
         ids = [zlib.crc32(name.encode()) for name, _, _ in part]
-        groups = checkpoint.answers([e.prompt for *_, e in part], ids, jax.random.key(seed), config, samples)
+        groups = checkpoint.answers(
+            [e.prompt for *_, e in part], ids, jax.random.key(runtime.seed), config, samples
+        )
         for (name, row, example), group in zip(part, groups, strict=True):
             for j, answer in enumerate(group):
                 if f"{name}:{j}" not in done:
@@ -61,13 +60,12 @@ def sample_file(
     with sole_writer(f"{out}.writer"):
         done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
         todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
-        checkpoint = Checkpoint(model, dtype, batch)
-        return _work(out, todo, 4 * batch, run, "tokens", lambda line: line["tokens"], _completion_shares)
+        checkpoint = Checkpoint(model, runtime)
+        count, chunk = lambda line: line["tokens"], 4 * runtime.batch
+        return _work(out, todo, chunk, run, "tokens", count, _completion_shares)
 
 
-def grade_file(
-    model: str, source: str, out: str, *, config: JudgeConfig, batch: int, dtype: str, seed: int
-) -> int:
+def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtime: Runtime) -> int:
     """Adds verdicts to rows that hold `completion` or `response`. Returns the number of new lines.
 
     A line is the row with `grade_id` ("prompt_id:line"), `prompt_id`, `reward` (null where nothing could
@@ -80,10 +78,10 @@ def grade_file(
     for (_, row, _), where in zip(rows, _places(source), strict=True):
         if not isinstance(row.get("response", row.get("completion")), str):
             raise InputError(f"{where}: no text to grade; add `completion` or `response`")
-    settings = {"command": "grade", "model": model, "dtype": dtype, "seed": seed}
+    settings = {"command": "grade", "model": model} | runtime.settings
     with (
         sole_writer(f"{out}.writer"),
-        open_judge(model, config, seed=seed, dtype=dtype, batch=batch) as judge,
+        open_judge(model, config, runtime) as judge,
     ):
         done = _open(out, settings | {"grading": judge.settings}, "grade_id")
         todo = [row for row in rows if row[0] not in done]
@@ -100,9 +98,8 @@ def grade_file(
                 added = {"grade_id": name, "prompt_id": example.prompt_id, "reward": reward}
                 yield row | added | {"verdicts": judged}
 
-        return _work(
-            out, todo, 4 * batch, run, "verdicts", lambda line: len(line["verdicts"]), _verdict_shares
-        )
+        count, chunk = lambda line: len(line["verdicts"]), 4 * runtime.batch
+        return _work(out, todo, chunk, run, "verdicts", count, _verdict_shares)
 
 
 def _completion_shares(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -138,25 +135,8 @@ def _rows(source: str, view: Callable[[dict[str, Any]], dict[str, Any]]) -> list
 
 
 def _open(out: str, settings: dict[str, Any], name: str) -> set[str]:
-    """Ids of the lines that OUT holds; cuts off a torn last line; keeps or compares the settings."""
-    path, kept = Path(out), Path(out + ".settings.json")
-    settings = json.loads(json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        old = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
-        if differ:
-            raise InputError(
-                f"{out} was made with other settings: {'; '.join(differ)}. Give them, or another OUT"
-            )
-    kept.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if not path.exists():
-        return set()
-    done = {line[name] for line in read_jsonl(path)}
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    return done
+    """Ids of the lines that OUT holds."""
+    return {line[name] for line in open_lines(out, f"{out}.settings.json", settings)}
 
 
 def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count, shares) -> int:
@@ -164,22 +144,19 @@ def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count, shar
 
     Warns by the `shares` of lines (see `srrl_jax.telemetry.signs`) after the first chunk and at the end.
     """
-    lines = total = 0
-    seen, told = [], set()
+    seen, told, total = [], set(), 0
     began = time.perf_counter()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar, Path(out).open("ab") as file:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(todo))
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
-            for line in run(part):
-                text = json.dumps(line, ensure_ascii=False)
-                file.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
-                lines, total = lines + 1, total + count(line)
-                seen.append(line)
-            file.flush()
+            made = list(run(part))
+            append_lines(out, made)
+            seen += made
+            total += sum(map(count, made))
             if start == 0 or start + chunk >= len(todo):
                 tell(shares(seen), told)
             rate = total / (time.perf_counter() - began)
             bar.update(task, advance=len(part), description=f"{rate:.1f} {unit}/s")
-    return lines
+    return len(seen)

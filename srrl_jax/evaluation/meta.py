@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.agreement import Agreement, agreement, grader_pairs, mean, physician_pairs
 from srrl_jax.evaluation.labels import LabelRow
-from srrl_jax.evaluation.samples import append_samples, open_samples, write_results
+from srrl_jax.evaluation.samples import append_lines, open_lines, write_results
 from srrl_jax.grading import GradingItem, Judge
 from srrl_jax.telemetry import read_jsonl
 
@@ -48,7 +48,8 @@ def grade_labels(
     The criteria of one response are graded together, `chunk` responses at a time. Writes
     `out/samples.jsonl`, a line for each row, as it goes; what is there already is not done again.
     """
-    lines = open_samples(out, {"grader": judge.name} | settings)
+    path = Path(out) / "samples.jsonl"
+    lines = open_lines(path, path.with_name("settings.json"), {"grader": judge.name} | settings)
     done: dict[int, bool | None] = {line["row"]: line["criteria_met"] for line in lines}
     responses = defaultdict(list)
     for index, row in enumerate(labels):
@@ -67,7 +68,7 @@ def grade_labels(
             for group, row in zip(part, judge.grade(items), strict=True)
             for index, verdict in zip(group, row, strict=True)
         ]
-        append_samples(out, lines)
+        append_lines(path, lines)
         done |= {line["row"]: line["criteria_met"] for line in lines}
     on_progress(len(labels), len(labels))
     return [done[index] for index in range(len(labels))]

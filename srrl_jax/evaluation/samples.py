@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,33 @@ from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
 
 
-def open_samples(directory: str | Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines that `directory/samples.jsonl` holds already; makes the directory if there is none.
+def open_lines(path: str | Path, kept: str | Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The whole lines that `path` holds already; what a kill left of another is cut off.
 
-    `settings` decide the samples and are kept in `settings.json`. Raises InputError when the
-    directory holds samples made with other settings.
+    Makes its directory if there is none. `settings` decide the lines and are written to `kept`.
+    Raises InputError when the lines were made with other settings.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path, kept = directory / "samples.jsonl", directory / "settings.json"
-    if path.exists() and kept.exists():
-        old = json.loads(kept.read_text(encoding="utf-8"))
-        differ = [key for key in settings if old.get(key) != settings[key]]
+    path, kept, settings = Path(path), Path(kept), json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
         if differ:
             raise InputError(
-                f"{directory} holds samples made with other settings ({', '.join(differ)}): "
-                "give a new --out, or the same settings to go on"
+                f"{path} was made with other settings: {'; '.join(differ)}. Give them, or another place"
             )
     kept.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    lines = read_jsonl(path) if path.exists() else []
-    temporary = path.with_suffix(".tmp")  # without a last line that was cut short
-    temporary.write_bytes(b"".join(map(_encode, lines)))
-    os.replace(temporary, path)
+    if not path.exists():
+        return []
+    lines, data = read_jsonl(path), path.read_bytes()
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
     return lines
 
 
-def append_samples(directory: str | Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes lines at the end of `directory/samples.jsonl`."""
-    with (Path(directory) / "samples.jsonl").open("ab") as file:
+def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes lines at the end of `path`."""
+    with Path(path).open("ab") as file:
         file.writelines(map(_encode, lines))
 
 

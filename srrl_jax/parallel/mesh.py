@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -56,6 +56,22 @@ class MeshConfig:
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise InputError(f"mesh: sizes must be positive, at most one of them -1, not {sizes}")
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of "data=2,tensor=4"; what is not named stays as it is by default.
+
+        Raises:
+          InputError: an unknown axis, or no whole number.
+        """
+        axes = [field.name for field in dataclasses.fields(cls)]
+        sizes = {}
+        for part in filter(None, text.split(",")):
+            axis, _, size = map(str.strip, part.partition("="))
+            if axis not in axes or not size.removeprefix("-").isdecimal():
+                raise InputError(f"mesh: {part!r}: give AXIS=SIZE, where AXIS is {listed(axes)}")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     """The mesh (slice, data, fsdp, tensor, expert) over `devices` (all by default).
@@ -108,9 +124,9 @@ def divisors(size: int, most: int | None = None) -> list[int]:
     return [n for n in range(1, (most or size) + 1) if size % n == 0]
 
 
-def listed(numbers: list[int]) -> str:
+def listed(items: list) -> str:
     """For a message: "1, 2 or 4"."""
-    *first, last = map(str, numbers)
+    *first, last = map(str, items)
     return f"{', '.join(first)} or {last}" if first else last
 
 

@@ -1,21 +1,19 @@
 """A step's experience: sample groups of completions, then grade them against their rubrics."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
+from srrl_jax.actor import Actor, OnWave, encode_prompt, read_completion
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem, Judge, Verdict, WeightsJudge, opened_thought
+from srrl_jax.grading import Grader, GradingItem, Judge, Verdict
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.parallel import check_rows
-from srrl_jax.rubrics import Example, parse_verdict, score_response, visible_response
-from srrl_jax.sampling import Buckets, Completion, Sampler, Weights
+from srrl_jax.rubrics import Example, parse_verdict, score_response
+from srrl_jax.sampling import Buckets, Completion, Sampler
 from srrl_jax.training.config import TrainConfig
-
-OnWave = Callable[[int, int], None]
 
 
 class Graded(NamedTuple):
@@ -56,8 +54,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
     grader = Grader.at(config.grading, tokenizer)
     tasks = []
     for row, example in enumerate(examples):
-        rendered = tokenizer.render(list(example.prompt), thinking=r.thinking)
-        prompt = tokenizer.encode(rendered)
+        prompt, opening = encode_prompt(tokenizer, example.prompt, r.thinking)
         prefix, branches = grader.encode(GradingItem(example.prompt, "", example.rubrics))
         for key, what, size, sizes in (
             ("rollout.prompt_buckets", "the prompt", len(prompt), r.prompt_buckets),
@@ -75,7 +72,7 @@ def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer,
                     f"{source}: row {row + 1} ({example.prompt_id}): {what} takes {size}, over the "
                     f"largest of {key} ({sizes[-1]}); enlarge {key} or leave the row out"
                 )
-        tasks.append(Task(example, prompt, opened_thought(rendered), row))
+        tasks.append(Task(example, prompt, opening, row))
     return tasks
 
 
@@ -125,80 +122,43 @@ def samplers(
     return rollout, grading
 
 
-class SelfRewarder:
-    """The policy's two roles, on one set of weights: it answers, and it grades the answers."""
+def make_actor(model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh) -> Actor:
+    """The policy in both its roles, at the recipe's settings."""
+    grader = Grader.at(config.grading, tokenizer)
+    allowed = min(tokenizer.size, model.config.vocab_size)
+    sampler, grader.sampler = samplers(
+        model, config, mesh, stop_ids=tokenizer.stop_ids, allowed=allowed, trunk=grader.question.trunk
+    )
+    return Actor(sampler, grader)
 
-    def __init__(self, model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh):
-        self.tokenizer = tokenizer
-        allowed = min(tokenizer.size, model.config.vocab_size)
-        self.grader = Grader.at(config.grading, tokenizer)
-        self.sampler, self.grader.sampler = samplers(
-            model,
-            config,
-            mesh,
-            stop_ids=tokenizer.stop_ids,
-            allowed=allowed,
-            trunk=self.grader.question.trunk,
-        )
 
-    def ready(self, params: Any, replaces: Weights | None = None) -> Weights:
-        """The weights as both roles take them: moved to the layout of rollouts, and there.
+def grade(
+    judge: Judge,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    groups: Sequence[Sequence[Completion]],
+    on_wave: OnWave,
+) -> list[list[Graded]]:
+    """Every completion against every criterion of its prompt, in one call; then its reward.
 
-        Those that they replace are of no use any more.
-        """
-        return jax.block_until_ready(self.sampler.ready(params, replaces))
-
-    def rollout(
-        self, params: Any, tasks: Sequence[Task], samples: int, key: jax.Array, on_wave: OnWave
-    ) -> list[list[Completion]]:
-        """`samples` completions of each task's prompt."""
-        return self.sampler.generate(
-            params,
-            [task.prompt for task in tasks],
-            [[[]] * samples for _ in tasks],
-            key,
-            row_ids=[task.row for task in tasks],
-            on_wave=on_wave,
-        )
-
-    def judge(self, params: Any, key: jax.Array) -> WeightsJudge:
-        """These weights as judge, at the recipe's grading settings."""
-        return WeightsJudge(self.grader, params, key)
-
-    def grade(
-        self,
-        judge: Judge,
-        tasks: Sequence[Task],
-        groups: Sequence[Sequence[Completion]],
-        on_wave: OnWave,
-    ) -> list[list[Graded]]:
-        """Every completion against every criterion of its prompt, in one call; then its reward.
-
-        Lessons need no judge: a completion meets the one criterion by giving the teacher's verdict.
-        """
-        answers = [
-            (task, text, visible_response(task.opening + text))
-            for task, group in zip(tasks, groups, strict=True)
-            for text in (self.tokenizer.decode(c.tokens.tolist()) for c in group)
-        ]
-        open_ended = [(task, response) for task, _, response in answers if task.met is None]
-        items = [GradingItem(task.example.prompt, r, task.example.rubrics) for task, r in open_ended]
-        judged = iter(judge.grade(items, on_wave) if items else [])
-        flat = []
-        for task, text, response in answers:
-            verdicts = next(judged) if task.met is None else [_agrees(task, text)]
-            reward = score_response(task.example.rubrics, [v.met for v in verdicts])
-            flat.append(Graded(text, response, verdicts, reward))
-        each = iter(flat)
-        return [[next(each) for _ in group] for group in groups]
+    Lessons need no judge: a completion meets the one criterion by giving the teacher's verdict.
+    """
+    answers = [
+        (task, read_completion(tokenizer, task.opening, completion))
+        for task, group in zip(tasks, groups, strict=True)
+        for completion in group
+    ]
+    open_ended = [(task.example, answer) for task, answer in answers if task.met is None]
+    items = [GradingItem(example.prompt, a.response, example.rubrics) for example, a in open_ended]
+    judged = iter(judge.grade(items, on_wave) if items else [])
+    flat = []
+    for task, answer in answers:
+        verdicts = next(judged) if task.met is None else [_agrees(task, answer.completion)]
+        reward = score_response(task.example.rubrics, [v.met for v in verdicts])
+        flat.append(Graded(answer.completion, answer.response, verdicts, reward))
+    each = iter(flat)
+    return [[next(each) for _ in group] for group in groups]
 
 
 def _agrees(lesson: Task, text: str) -> Verdict:
     return Verdict(parse_verdict(lesson.opening + text) is lesson.met, "", 0, 0)
-
-
-def rewards_of(graded: Sequence[Sequence[Graded]]) -> np.ndarray:
-    """float32 [N, G]; NaN where a completion has no reward."""
-    return np.array(
-        [[np.nan if g.reward is None else g.reward for g in group] for group in graded], np.float32
-    )

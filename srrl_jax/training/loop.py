@@ -20,7 +20,7 @@ from srrl_jax.rubrics import Example
 from srrl_jax.sampling import Weights
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.experience import SelfRewarder, Task
+from srrl_jax.training.experience import Task, grade, make_actor
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.mfu import update_mfu
@@ -79,7 +79,7 @@ def train(
 
     with sole_writer(f"{config.run_dir}/writer"), jax.set_mesh(mesh), open_teacher(config) as teacher:
         model = network(config)
-        rewarder = SelfRewarder(model, tokenizer, config, mesh)
+        actor = make_actor(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)
         weights = {"weights": learner.fingerprint()}
         changes += check_identity(config, weights)
@@ -95,7 +95,7 @@ def train(
             def policy() -> Weights:
                 """The current weights, in the layout of rollouts."""
                 with session.phase("relayout"):
-                    return rewarder.ready(learner.policy(state.params))
+                    return actor.prepare(learner.policy(state.params))
 
             def judge(name: str, weights: Weights, key: jax.Array) -> Judge:
                 """The frozen weights take the place of `weights`, which are of no use after that."""
@@ -103,19 +103,23 @@ def train(
                     return teacher if name == "teacher" else own.judge
                 if name == "frozen":
                     with session.phase("relayout"):
-                        weights = rewarder.ready(learner.frozen, replaces=weights)
-                return rewarder.judge(weights, key)
+                        weights = actor.prepare(learner.frozen, replaces=weights)
+                return actor.judge(weights, key)
+
+            def answer(weights: Weights, tasks: list[Task], samples: int, key: jax.Array, phase: str) -> list:
+                prompts, rows = [task.prompt for task in tasks], [task.row for task in tasks]
+                with session.phase(phase) as on_wave:
+                    return actor.answer(weights, prompts, samples, key, rows, on_wave)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)
                 weights = policy()
                 # 1. The policy answers every prompt with a group of completions.
-                with session.phase("rollout") as on_wave:
-                    groups = rewarder.rollout(weights, tasks, config.group_size, rollout_key, on_wave)
+                groups = answer(weights, tasks, config.group_size, rollout_key, "rollout")
                 # 2. The same weights (or frozen ones, a teacher, one's own grader) judge all by all criteria.
                 grader = judge(config.judge, weights, grade_key)
                 with session.phase("grade") as on_wave:
-                    graded = rewarder.grade(grader, tasks, groups, on_wave)
+                    graded = grade(grader, tokenizer, tasks, groups, on_wave)
                 longest, keys = config.rollout.max_new_tokens, (config.seed, step)
                 rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward, keys)
                 return groups, graded, rewards
@@ -123,13 +127,12 @@ def train(
             def evaluate(step: int) -> tuple[dict, list]:
                 rollout_key, grade_key = keys_of(step, HELD_OUT)
                 weights = policy()
-                with session.phase("eval") as on_wave:
-                    groups = rewarder.rollout(weights, held_out, config.eval.samples, rollout_key, on_wave)
+                groups = answer(weights, held_out, config.eval.samples, rollout_key, "eval")
                 graded, controlled = {}, {}
                 for name in judges_of(config):  # "self" first, while there are its weights
                     grader = judge(name, weights, grade_key)
                     with session.phase("eval") as on_wave:
-                        graded[name] = rewarder.grade(grader, held_out, groups, on_wave)
+                        graded[name] = grade(grader, tokenizer, held_out, groups, on_wave)
                         if name == "self":
                             controls = control_items(held_out, graded[name], config.eval.controls)
                             controlled = control_metrics(grader.grade(controls)) if controls else {}

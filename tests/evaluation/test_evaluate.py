@@ -94,7 +94,7 @@ def test_what_was_killed_goes_on_and_ends_the_same(examples, tmp_path):
 
 def test_other_settings_do_not_mix_with_what_is_there(examples, tmp_path):
     run(examples, tmp_path, Oracle(), seed=0)
-    with pytest.raises(InputError, match=r"other settings \(seed\): give a new --out"):
+    with pytest.raises(InputError, match="other settings: seed was 0, now 1"):
         run(examples, tmp_path, Oracle(), seed=1)
 
 

@@ -1,6 +1,8 @@
 """`srrl sample` and `srrl grade` on the embedded checkpoint."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -107,3 +109,46 @@ def test_a_grader_that_says_one_thing_is_told(srrl, tmp_path, capsys):
     )
     assert srrl(*command) == 0
     assert "srrl: warning: all verdicts are the same. Likely cause: the grader" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eight_devices_answer_and_grade_as_one_does(srrl, rows, tmp_path):
+    """In a process of its own, since the number of devices is fixed when JAX starts."""
+    outs = [tmp_path / f"{name}.jsonl" for name in ("sampled", "written", "logits", "bfloat16")]
+    grade = ["grade", MODEL, "--template", WORLD / "grader.txt", outs[0]]
+    commands = [
+        ["sample", MODEL, rows, outs[0], "-n", 2, "--max-new-tokens", 8],
+        [*grade, outs[1], "--max-new-tokens", 20, "--tries", 1],
+        [*grade, outs[2], "--verdict", "logits"],
+        [*grade, outs[3], "--verdict", "logits", "--dtype", "bfloat16"],
+    ]
+    for command in commands:
+        assert srrl(*command) == 0
+    one = [read(path) for path in outs]
+    for path in outs:
+        path.unlink()
+    child = """import json, sys
+from typer.testing import CliRunner
+from srrl_jax.cli import app
+for command in json.loads(sys.argv[1]):
+    CliRunner().invoke(app, [*command, "--mesh", "data=2,fsdp=2,tensor=2"], catch_exceptions=False)
+"""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", child, json.dumps([list(map(str, command)) for command in commands])],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    eight = [read(path) for path in outs]
+    assert eight[:2] == one[:2]  # to the letter
+    assert len({line["response"] for line in one[0]}) > 1
+    chances = [
+        [[v["probability"] for line in lines for v in line["verdicts"]] for lines in given[2:]]
+        for given in (one, eight)
+    ]
+    (float32, bfloat16), (float32_of_eight, bfloat16_of_eight) = chances
+    assert float32_of_eight == pytest.approx(float32, abs=1e-4)
+    assert bfloat16_of_eight == pytest.approx(bfloat16, abs=0.05)
+    assert bfloat16 != float32 and bfloat16 == pytest.approx(float32, abs=0.2)

@@ -38,6 +38,15 @@ def test_bad_config(sizes):
         MeshConfig(*sizes)
 
 
+def test_a_mesh_on_the_command_line_is_read_as_in_a_recipe():
+    assert MeshConfig.parse("") == MeshConfig()
+    assert MeshConfig.parse("data=2, tensor=4") == MeshConfig(data=2, tensor=4)
+    assert MeshConfig.parse("data=-1,fsdp=1") == MeshConfig(data=-1, fsdp=1)
+    for text in ("tensors=2", "tensor", "tensor=two"):
+        with pytest.raises(InputError, match="where AXIS is slice, data, fsdp, tensor or expert"):
+            MeshConfig.parse(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """Stands for one of many devices; make_mesh only arranges them."""

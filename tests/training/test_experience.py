@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from srrl_jax.grading import Verdict
+from srrl_jax.actor import Actor
+from srrl_jax.grading import Verdict, WeightsJudge
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion, Weights
 from srrl_jax.training import train
-from srrl_jax.training.experience import SelfRewarder, Task
+from srrl_jax.training.experience import Task, grade, make_actor
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
 EVAL = (f"data.eval={CHECKPOINT.parent / 'hard.jsonl'}", "eval.rows=2", "eval.samples=2")
@@ -29,14 +30,14 @@ def values_of(params) -> np.ndarray:
 def judges(monkeypatch) -> dict[str, list[np.ndarray]]:
     """Collects the weights that answer and the weights that judge, call by call."""
     seen: dict[str, list[np.ndarray]] = {"rollout": [], "grade": []}
-    for name in seen:
-        method = getattr(SelfRewarder, name)
+    for owner, name, role in ((Actor, "answer", "rollout"), (WeightsJudge, "grade", "grade")):
+        method = getattr(owner, name)
 
-        def spy(self, who, *rest, name=name, method=method):
-            seen[name].append(values_of(who if name == "rollout" else who.params))
-            return method(self, who, *rest)
+        def spy(self, first, *rest, role=role, method=method):
+            seen[role].append(values_of(first if role == "rollout" else self.params))
+            return method(self, first, *rest)
 
-        monkeypatch.setattr(SelfRewarder, name, spy)
+        monkeypatch.setattr(owner, name, spy)
     return seen
 
 
@@ -58,16 +59,16 @@ def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_f
 
 def test_there_is_one_decoding_layout_at_a_time(recipe, tmp_path, monkeypatch):
     """Where frozen weights grade, or watch, they take the place of the policy's."""
-    replaced, ready = [], SelfRewarder.ready
+    replaced, prepare = [], Actor.prepare
 
     def spy(self, params, replaces=None):
-        made = ready(self, params, replaces)
+        made = prepare(self, params, replaces)
         gone = [x.is_deleted() for x in jax.tree.leaves(replaces.decoder)] if replaces else []
         assert all(gone)
         replaced.append(len(gone))
         return made
 
-    monkeypatch.setattr(SelfRewarder, "ready", spy)
+    monkeypatch.setattr(Actor, "prepare", spy)
     train(recipe(tmp_path, "steps=1", "grader=frozen", *EVAL))
     assert [count > 0 for count in replaced] == [False, True] * 3  # before the step, in it, and after it
 
@@ -77,8 +78,8 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(recipe):
     tokenizer = load_tokenizer(CHECKPOINT)
     wide = dataclasses.replace(read_config(CHECKPOINT), vocab_size=tokenizer.size + 9)
     with jax.set_mesh(mesh := make_mesh()):
-        rewarder = SelfRewarder(abstract(wide), tokenizer, recipe("unused"), mesh)
-    assert rewarder.sampler.allowed == rewarder.grader.sampler.allowed == tokenizer.size
+        actor = make_actor(abstract(wide), tokenizer, recipe("unused"), mesh)
+    assert actor.sampler.allowed == actor.grader.sampler.allowed == tokenizer.size
 
 
 class Told:
@@ -103,12 +104,11 @@ class Told:
     ],
 )
 def test_thoughts_never_reach_the_grader(opening, completion, shown):
-    rewarder = SelfRewarder.__new__(SelfRewarder)
-    rewarder.tokenizer, judge = load_tokenizer(CHECKPOINT), Told()
-    rewarder.tokenizer.decode = lambda ids: completion
+    tokenizer, judge = load_tokenizer(CHECKPOINT), Told()
+    tokenizer.decode = lambda ids: completion
     example = Example(({"role": "user", "content": "hi"},), (), "id")
     group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
-    ((graded,),) = rewarder.grade(judge, [Task(example, [1], opening, 0)], [group], None)
+    ((graded,),) = grade(judge, tokenizer, [Task(example, [1], opening, 0)], [group], None)
     (asked,) = judge.items
     assert asked.response == graded.response == shown
     assert graded.text == completion and graded.reward is None
@@ -119,10 +119,9 @@ def test_a_reward_comes_from_the_readable_verdicts_alone():
         def grade(self, items, on_wave):
             return [[Verdict(True, "", 1, 1), Verdict(None, "", 2, 2), Verdict(True, "", 1, 1)]]
 
-    rewarder = SelfRewarder.__new__(SelfRewarder)
-    rewarder.tokenizer = load_tokenizer(CHECKPOINT)
+    tokenizer = load_tokenizer(CHECKPOINT)
     rubrics = (Criterion("a", 4.0), Criterion("b", 100.0), Criterion("c", -1.0))
     example = Example(({"role": "user", "content": "hi"},), rubrics, "id")
     group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
-    ((graded,),) = rewarder.grade(Half(), [Task(example, [1], "", 0)], [group], None)
+    ((graded,),) = grade(Half(), tokenizer, [Task(example, [1], "", 0)], [group], None)
     assert graded.reward == 0.75

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.actor import Actor
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
@@ -24,7 +25,7 @@ from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, learner, train
-from srrl_jax.training.experience import Graded, SelfRewarder, Task
+from srrl_jax.training.experience import Graded, Task, make_actor
 from srrl_jax.training.learner import Learner
 from srrl_jax.training.rewards import relative_rewards, training_rewards
 from srrl_jax.training.run import load_tasks
@@ -55,7 +56,7 @@ def roles(config: TrainConfig) -> Any:
     """How the policy is sampled from, as what answers and as what grades, and how it is asked to grade."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        made = SelfRewarder(learner.network(config), load_tokenizer(config.model), config, mesh)
+        made = make_actor(learner.network(config), load_tokenizer(config.model), config, mesh)
     item = GradingItem(
         ({"role": "user", "content": "hello"},), "bye", (Criterion("kind", 1), Criterion("so", -1))
     )
@@ -327,14 +328,14 @@ def run(recipe, logs, tmp_path_factory):
 
     @cache
     def once(*overrides: str) -> Seen:
-        run_dir, rollouts, rollout = tmp_path_factory.mktemp("run"), [], SelfRewarder.rollout
+        run_dir, rollouts, answer = tmp_path_factory.mktemp("run"), [], Actor.answer
 
-        def spy(self, params, tasks, samples, *rest):
-            rollouts.append((len(tasks), samples))
-            return rollout(self, params, tasks, samples, *rest)
+        def spy(self, params, prompts, samples, *rest):
+            rollouts.append((len(prompts), samples))
+            return answer(self, params, prompts, samples, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SelfRewarder, "rollout", spy)
+            patch.setattr(Actor, "answer", spy)
             train(recipe(run_dir, *BASE, *overrides))
         steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
         return Seen(*logs(run_dir), steps, rollouts, run_dir)
