@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
+from srrl_jax.rubrics.statistics import criterion_weights
 from srrl_jax.rubrics.types import Criterion
 
 
@@ -41,6 +42,7 @@ def group_rewards(
     *,
     positive_only: bool = False,
     drop_unvarying: bool = False,
+    reweight: float = 0.0,
     axis_weights: Mapping[str, float] = MappingProxyType({}),
 ) -> list[float | None]:
     """Rewards of a group of responses to one prompt; without options, `score_response` of each.
@@ -51,15 +53,15 @@ def group_rewards(
       positive_only: leave out criteria with negative points.
       drop_unvarying: leave out criteria on which all readable verdicts of the group agree; where only
         negative criteria are left, the sum of their absolute points divides.
+      reweight: points count by this power of how much the group's verdicts differ (`criterion_weights`), so
+        that those on which they agree count for nothing; 0 is off.
       axis_weights: a factor for the points of each axis.
     """
-    points = [c.points * axis_weights.get(c.axis, 1.0) for c in criteria]
-    kept = [
-        not (positive_only and points[i] < 0)
-        and not (drop_unvarying and len({row[i] for row in verdicts} - {None}) < 2)
-        for i in range(len(criteria))
-    ]
-    all_negative = drop_unvarying and not any(p > 0 for p, keep in zip(points, kept, strict=True) if keep)
+    weights = criterion_weights(verdicts, drop_unvarying=drop_unvarying, reweight=reweight)
+    points = [c.points * axis_weights.get(c.axis, 1.0) * w for c, w in zip(criteria, weights, strict=True)]
+    kept = [w > 0 and not (positive_only and c.points < 0) for c, w in zip(criteria, weights, strict=True)]
+    left = [p for p, keep in zip(points, kept, strict=True) if keep]
+    all_negative = (drop_unvarying or reweight > 0) and not any(p > 0 for p in left)
 
     rows = [[met if keep else None for met, keep in zip(row, kept, strict=True)] for row in verdicts]
     return [_share_met(points, row, all_negative) for row in rows]

@@ -104,6 +104,8 @@ class RewardConfig:
         the logits (`grading.verdict`).
       drop_unvarying: leave out criteria on which a whole group has the same verdict (DR Tulu). Advantages
         divided by the group's deviation do not change by it, others grow.
+      reweight: count points by this power of how much the group's verdicts on a criterion differ, 4 p (1 - p)
+        of the share p that meets it (in the spirit of POW3R); 0 is off, above it unvarying ones are left out.
       criteria_dropout: share of a rubric's criteria that a group is not rewarded by, drawn anew in each step:
         what is exploited in one step may be left out in the next.
       axis_weights: factors of points by HealthBench axis ("accuracy", ...); 1 where not named.
@@ -119,6 +121,7 @@ class RewardConfig:
     criteria: Literal["signed", "positive"] = "signed"
     soft: bool = False
     drop_unvarying: bool = False
+    reweight: float = 0.0
     criteria_dropout: float = 0.0
     axis_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     overlong: Literal["keep", "mask"] = "keep"
@@ -389,6 +392,8 @@ class TrainConfig:
         for key, value in above_0.items():
             if value is not None and not value > 0:
                 raise InputError(f"{key}: must be above 0, not {value}")
+        if not 0 <= self.reward.reweight <= 100:
+            raise InputError(f"reward.reweight: must be from 0 to 100, not {self.reward.reweight}")
         if not 0 <= self.reward.criteria_dropout < 1:
             raise InputError(
                 f"reward.criteria_dropout: must be from 0 to below 1, not {self.reward.criteria_dropout}"

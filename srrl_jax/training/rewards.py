@@ -42,6 +42,7 @@ def training_rewards(
                 ),
                 positive_only=config.criteria == "positive",
                 drop_unvarying=config.drop_unvarying,
+                reweight=config.reweight,
                 axis_weights=config.axis_weights,
             )
             for task, row in zip(tasks, graded, strict=True)

@@ -192,6 +192,7 @@ KEYS = {
     "reward.criteria": Key("positive", rewards),
     "reward.soft": Key("true", rewards),
     "reward.drop_unvarying": Key("true", rewards, ("loss.advantage=mean",)),
+    "reward.reweight": Key("1", rewards),
     "reward.criteria_dropout": Key("0.6", rewards),
     "reward.axis_weights": Key("{{accuracy: 0.1}}", rewards),
     "reward.overlong": Key("mask", rewards),

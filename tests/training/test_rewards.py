@@ -32,6 +32,8 @@ def rewards(verdicts=VERDICTS, step=0, **options):
         ({}, [1, 0.4, 0.5, np.nan]),
         ({"criteria": "positive"}, [1, 0.4, 1, np.nan]),
         ({"drop_unvarying": True}, [1, 0, 1 / 6, np.nan]),  # all were kind
+        # "right" and "sells" are each met by 2 and 1 of 3: both weigh 8 / 9, and "kind" nothing.
+        ({"reweight": 1.0}, [1, 0, 1 / 6, np.nan]),
         ({"axis_weights": {"accuracy": 0.5}}, [1, 4 / 7, 4.5 / 7, np.nan]),
         ({"overlong_buffer": 20}, [1, 0.4, 0, np.nan]),
         ({"overlong": "mask"}, [1, 0.4, 0.5, np.nan]),
@@ -68,6 +70,18 @@ def test_masking_takes_a_truncated_completion_out():
 def test_only_negative_criteria_vary():
     verdicts = [(True, True, False), (True, True, True), *VERDICTS[2:]]
     np.testing.assert_allclose(rewards(verdicts, drop_unvarying=True), [0, -1, -1, np.nan])
+
+
+def test_what_tells_answers_apart_better_counts_more():
+    verdicts = [(True, True, False), (True, False, False), (True, False, False), (False, False, False)]
+    # "right" is met by 3 of 4 and "kind" by 1 of 4: equal weights; squared they stay equal.
+    np.testing.assert_allclose(rewards(verdicts, reweight=1), [1, 0.6, 0.6, 0])
+    verdicts[1] = (True, True, False)  # now 2 of 4 are kind: 0.75 and 1
+    np.testing.assert_allclose(rewards(verdicts, reweight=1), [1, 1, 4.5 / 8.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(rewards(verdicts, reweight=2), [1, 1, 3.375 / 7.375, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        rewards([(True, True, False), (True, True, True), *VERDICTS[2:]], reweight=1), [0, -1, -1, np.nan]
+    )
 
 
 def test_without_variance():
