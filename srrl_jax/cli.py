@@ -486,6 +486,8 @@ def main() -> None:
     if "jax" not in sys.modules:  # which reads it once, when it is imported
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "srrl_jax" / "programs"))
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX alone would take 0.75
     try:
         app()
     except InputError as error:

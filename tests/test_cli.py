@@ -188,19 +188,25 @@ def test_the_installed_command(arguments, said):
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])
-def test_compiled_programs_are_kept(tmp_path, given):
-    environ = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environ |= {"XDG_CACHE_HOME": str(tmp_path)} | ({"JAX_COMPILATION_CACHE_DIR": given} if given else {})
+def test_jax_starts_with_our_settings_unless_the_user_has_some(tmp_path, given):
+    ours = ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path)} | (
+        dict(zip(ours, (given, "0.5"), strict=True)) if given else {}
+    )
     program = """
-import sys
+import os, sys
 from srrl_jax import cli
 sys.argv = ["srrl", "--help"]
 try:
     cli.main()
 except SystemExit:
     import jax
+    print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
     print(jax.config.jax_compilation_cache_dir)
 """
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == (given or str(tmp_path / "srrl_jax" / "programs"))
+    *_, fraction, kept = result.stdout.splitlines()
+    assert kept == (given or str(tmp_path / "srrl_jax" / "programs"))
+    assert fraction == ("0.5" if given else "0.95")

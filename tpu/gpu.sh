@@ -12,6 +12,6 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 if [ ! -x .venv/bin/srrl ]; then
   $dry_run "${PYTHON:-python3}" -m venv .venv
-  $dry_run .venv/bin/python -m pip install --quiet -e '.[cuda]'
+  $dry_run .venv/bin/python -m pip install --quiet -e '.[cuda12]'
 fi
 $dry_run .venv/bin/srrl train "$RECIPE" "run_dir=$RUN_DIR" "$@"

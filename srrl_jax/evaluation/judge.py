@@ -23,7 +23,7 @@ from srrl_jax.grading import (
 )
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import MeshConfig, make_mesh, row_shards
+from srrl_jax.parallel import MeshConfig, computing, make_mesh, row_shards
 from srrl_jax.rubrics import Message, template_sha256
 from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
 from srrl_jax.sampling.buckets import ladder
@@ -61,7 +61,7 @@ class Checkpoint:
     """
 
     def __init__(self, source: str, runtime: Runtime = Runtime()):
-        self.name, self.mesh = source, make_mesh(runtime.mesh)
+        self.name, self.dtype, self.mesh = source, runtime.dtype, make_mesh(runtime.mesh)
         cut = row_shards(self.mesh)
         self.rows = -(-runtime.batch // cut) * cut
         self.tokenizer = load_tokenizer(source)
@@ -86,7 +86,7 @@ class Checkpoint:
         asked = [encode_prompt(self.tokenizer, prompt, config.thinking) for prompt in prompts]
         tokens = [prompt for prompt, _ in asked]
         actor = Actor(self._sampler(config, map(len, tokens), [0], (samples,)))
-        with jax.set_mesh(self.mesh):
+        with computing(self.mesh, self.dtype):
             self.weights = actor.prepare(self.weights)
             groups = actor.answer(self.weights, tokens, samples, key, ids)
         return [
@@ -119,7 +119,7 @@ class Checkpoint:
         texts = repr([(list(item.prompt), item.response) for item in items])
         key = jax.random.fold_in(key, zlib.crc32(texts.encode()))
         actor = Actor(grader.sampler, grader)
-        with jax.set_mesh(self.mesh):
+        with computing(self.mesh, self.dtype):
             if config.verdict == "generate":  # else nothing is decoded
                 self.weights = actor.prepare(self.weights)
             return actor.judge(self.weights, key).grade(items, on_wave)

@@ -38,11 +38,21 @@ CHIPS = {
     # DGX H100: one 400 Gbit/s port a GPU.
     "h100": Chip(989e12, 80 * 10**9, 3350e9, 900e9 / 2, 400e9 / 8),
 }
-# What JAX calls them. Not v4: some runtimes show its chips as devices, some their cores.
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100"}
+# Dense bfloat16 peaks by what JAX calls a device, FLOP/s. Not v4: some runtimes show its chips as devices,
+# some their cores. GPUs by NVIDIA's data sheets, products summed in float32.
+_PEAKS = {
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312e12),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), CHIPS["h100"].flops),
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The figures of a device; None where they are not known."""
-    kind = _KINDS.get(device.device_kind)
-    return CHIPS[kind] if kind else None
+def peak_flops(device: jax.Device) -> float | None:
+    """Of a device, in bfloat16; None where it is not known."""
+    return _PEAKS.get(device.device_kind)

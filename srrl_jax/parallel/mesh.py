@@ -1,7 +1,13 @@
 """One mesh for everything, and the tables from logical axes to mesh axes: of training and of rollouts."""
 
 import dataclasses
+import logging
 import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Self
 
 import jax
@@ -80,7 +86,10 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
       InputError: the sizes do not multiply to the number of devices, or `slice` is not how the devices
         lie.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
+        if devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+            look_for_gpu()
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
@@ -91,6 +100,34 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
     return Mesh(_by_slice(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+@cache
+def look_for_gpu() -> None:
+    """Warns, once, where there is one that JAX does not use."""
+    if os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"):
+        logging.getLogger(__name__).warning(
+            "this machine has an NVIDIA GPU, but JAX does not use it: pip install 'srrl-jax[cuda13]', or "
+            "'srrl-jax[cuda12]' for drivers older than 580"
+        )
+
+
+@contextmanager
+def computing(mesh: Mesh, dtype: str, matmul_precision: str = "highest") -> Iterator[None]:
+    """Sets the mesh, and how products of float32 are computed where `dtype` is float32.
+
+    By themselves GPUs round their factors to TF32 and TPUs to bfloat16; with "highest" they are products of
+    float32, as on CPUs. "default" leaves it to JAX.
+    """
+    wanted = dtype == "float32" and matmul_precision != "default"
+    before = jax.config.jax_default_matmul_precision
+    # Not jax.default_matmul_precision, which is of one thread: others may compile.
+    jax.config.update("jax_default_matmul_precision", matmul_precision if wanted else before)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 def _by_slice(devices, shape: list[int]) -> np.ndarray:

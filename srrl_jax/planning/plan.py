@@ -14,6 +14,7 @@ from srrl_jax.models.attention import BLOCK
 from srrl_jax.models.counts import Tree, Work
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.weights import read_config
+from srrl_jax.parallel import computing
 from srrl_jax.planning import programs
 from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import Topology
@@ -152,7 +153,7 @@ def make_plan(
     if not topology.compiles:
         setup.rollout.has_scores = setup.grading.has_scores = False  # the formula is of fused attention
     phases = []
-    with jax.set_mesh(setup.mesh):
+    with computing(setup.mesh, config.dtype, config.matmul_precision):
         for name, group in _groups(config).items():
             trees = _trees(name, setup)
             refusal = setup.table(name)[1] if name in SAMPLERS else ""

@@ -267,6 +267,7 @@ class TrainConfig:
     """Everything that decides a run. `steps` counts rollout-grade-update rounds.
 
     The steps of `profile` are traced by JAX's profiler; true is the second, since the first one compiles.
+    `matmul_precision`: of products of float32 where `dtype` is float32, see `srrl_jax.parallel.computing`.
     `reference`: where the frozen starting weights lie;
     from "host" they come to the devices for each use, and leave again.
     `grader` is "policy", "frozen" (the starting weights), "teacher", or a grader of one's own as
@@ -289,6 +290,7 @@ class TrainConfig:
     kl_coef: float = 0.0
     reference: Literal["device", "host"] = "device"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["highest", "default"] = "highest"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     profile: pydantic.StrictBool | tuple[int, ...] = ()
     trackers: tuple[str, ...] = ()

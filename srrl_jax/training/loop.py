@@ -15,7 +15,7 @@ from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.grading import Judge
 from srrl_jax.locking import sole_writer
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import make_mesh
+from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Example
 from srrl_jax.sampling import Weights
 from srrl_jax.training.checkpoint import TrainState
@@ -77,7 +77,11 @@ def train(
     changes += check_identity(config, identity)
     mesh = make_mesh(config.mesh)
 
-    with sole_writer(f"{config.run_dir}/writer"), jax.set_mesh(mesh), open_teacher(config) as teacher:
+    with (
+        sole_writer(f"{config.run_dir}/writer"),
+        computing(mesh, config.dtype, config.matmul_precision),
+        open_teacher(config) as teacher,
+    ):
         model = network(config)
         actor = make_actor(model, tokenizer, config, mesh)
         learner = Learner(model, config, mesh)

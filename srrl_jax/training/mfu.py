@@ -6,7 +6,7 @@ import jax
 
 from srrl_jax.models import Qwen3Config, counts
 from srrl_jax.models.counts import Tree
-from srrl_jax.parallel.chips import chip_of
+from srrl_jax.parallel.chips import peak_flops
 from srrl_jax.sampling import Completion
 from srrl_jax.training.experience import Task
 
@@ -22,13 +22,13 @@ def update_mfu(
 
     Against the bfloat16 peak of all devices, whatever type the run computes in.
     """
-    chip = chip_of(jax.devices()[0])
-    if chip is None:
+    peak = peak_flops(jax.devices()[0])
+    if peak is None:
         return {}
     prompts = [len(task.prompt) for task in tasks]
     completions = [[len(completion.tokens) for completion in group] for group in groups]
     flops = model_flops(model, prompts, completions, adapters)
-    return {"perf/mfu": flops / (seconds * jax.device_count() * chip.flops)}
+    return {"perf/mfu": flops / (seconds * jax.device_count() * peak)}
 
 
 def model_flops(

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import yaml
 from etils import epath
 
@@ -14,7 +13,7 @@ from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import make_mesh
+from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example, score_response
 from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.training.checkpoint import Checkpoints
@@ -82,7 +81,10 @@ def replay(
         raise _other(run_dir, "rows")
     mesh = make_mesh(config.mesh)
 
-    with jax.set_mesh(mesh), Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints:
+    with (
+        computing(mesh, config.dtype, config.matmul_precision),
+        Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints,
+    ):
         learner = Learner(network(config), config, mesh)
         state = learner.start()
         start = max((done for done in checkpoints.steps() if done < step), default=0)

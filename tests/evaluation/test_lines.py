@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from srrl_jax import cli
+from srrl_jax.data import load_examples
 from srrl_jax.evaluation import lines
+from srrl_jax.evaluation.judge import Runtime, open_judge
+from srrl_jax.grading import GradingItem, JudgeConfig
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 MODEL = str(WORLD / "checkpoint")
@@ -109,6 +113,19 @@ def test_a_grader_that_says_one_thing_is_told(srrl, tmp_path, capsys):
     )
     assert srrl(*command) == 0
     assert "srrl: warning: all verdicts are the same. Likely cause: the grader" in capsys.readouterr().err
+
+
+def test_a_checkpoint_as_judge_tells_how_far_it_is_and_computes_in_float32():
+    example, waves = load_examples(WORLD / "hard.jsonl")[0], []
+    config = JudgeConfig(template=str(WORLD / "grader.txt"), verdict="logits")
+    with open_judge(MODEL, config, Runtime(batch=4)) as judge:
+        item = GradingItem(example.prompt, "bring a book .", example.rubrics)
+        (verdicts,) = judge.grade([item], lambda *wave: waves.append((*wave, precision())))
+    assert waves == [(len(verdicts), len(verdicts), "highest")] and precision() is None
+
+
+def precision() -> str | None:
+    return jax.config.jax_default_matmul_precision
 
 
 @pytest.mark.slow

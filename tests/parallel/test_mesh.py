@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
-from srrl_jax.parallel import MeshConfig, constrain, make_mesh, shardings
+from srrl_jax.parallel import MeshConfig, computing, constrain, make_mesh, shardings
+from srrl_jax.parallel.mesh import look_for_gpu
 
 TINY = Qwen3Config(
     vocab_size=32,
@@ -145,6 +148,34 @@ def test_what_does_not_divide_stays_whole():
     assert specs["embed_tokens.weight"] == P("tensor", None)  # 32 by 16, 16 not by 3
     assert specs["layers.self_attn.k_proj.weight"] == P(None, None, None)  # 8 not by 16
     assert specs["layers.self_attn.q_proj.weight"] == P(None, "tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "highest"),
+    [("float32", "highest", True), ("float32", "default", False), ("bfloat16", "highest", False)],
+)
+def test_products_of_float32_are_lowered_as_such(dtype, precision, highest):
+    def lowered() -> str:
+        return jax.jit(lambda x: x @ x).lower(np.ones((2, 2), dtype)).as_text()
+
+    with computing(make_mesh(), dtype, precision):
+        with ThreadPoolExecutor(1) as pool:  # programs are also compiled in other threads
+            texts = [lowered(), pool.submit(lowered).result()]
+    assert ["precision = [HIGHEST, HIGHEST]" in text for text in texts] == [highest] * 2
+    assert "HIGHEST" not in lowered()
+
+
+def test_a_gpu_that_jax_does_not_use_is_told_once(monkeypatch, caplog):
+    look_for_gpu.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    make_mesh()
+    assert not caplog.messages  # as was asked for
+    monkeypatch.delenv("JAX_PLATFORMS")
+    for _ in range(2):
+        make_mesh()
+    (message,) = caplog.messages
+    assert "pip install 'srrl-jax[cuda13]'" in message
 
 
 def test_constrain_without_a_mesh_does_nothing():

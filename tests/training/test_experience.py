@@ -63,6 +63,7 @@ def test_there_is_one_decoding_layout_at_a_time(recipe, tmp_path, monkeypatch):
 
     def spy(self, params, replaces=None):
         made = prepare(self, params, replaces)
+        assert jax.config.jax_default_matmul_precision == "highest"  # see `parallel.computing`
         gone = [x.is_deleted() for x in jax.tree.leaves(replaces.decoder)] if replaces else []
         assert all(gone)
         replaced.append(len(gone))

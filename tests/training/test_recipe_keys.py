@@ -20,7 +20,7 @@ from srrl_jax.actor import Actor
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import make_mesh
+from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
@@ -133,7 +133,7 @@ def update(config: TrainConfig) -> str:
     state, graphdef = one.start(), nnx.graphdef(learner.network(config))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     program = make_update(graphdef, config, make_optimizer(config.optimizer))
-    with jax.set_mesh(make_mesh(config.mesh)):
+    with computing(make_mesh(config.mesh), config.dtype, config.matmul_precision):
         return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(program)(*state, part)))
 
 
@@ -160,6 +160,7 @@ LOGITS = ("grading.verdict=logits",)
 KEYS = {
     "model": Key("{random}", weights),
     "dtype": Key("bfloat16", update),
+    "matmul_precision": Key("default", update),
     "data.train": Key(f"{WORLD / 'hard.jsonl'}", rows),
     "data.minus": Key("{rest}", rows),
     "data.where": Key('["theme:3_facts"]', rows),
