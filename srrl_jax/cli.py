@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from srrl_jax.errors import InputError
+from srrl_jax.rubrics_cli import app as rubrics_app
 from srrl_jax.starting import Json, init, list_recipes
 from srrl_jax.viewer.command import view
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Look at rows, and bring them into another form.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(rubrics_app, name="rubrics")
 app.command("view")(view)
 app.command("recipes")(list_recipes)
 app.command("init")(init)
@@ -276,12 +278,9 @@ def _convert(
 
 
 def _fields(given: list[str] | None) -> dict[str, str]:
-    from srrl_jax.data.schemas import FIELDS
+    from srrl_jax.data.schemas import parse_fields
 
-    fields = dict(pair.partition("=")[::2] for pair in given or ())
-    if unknown := [name for name, value in fields.items() if name not in FIELDS or not value]:
-        raise InputError(f"--field {unknown[0]}: give NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
-    return fields
+    return parse_fields(given)
 
 
 @app.command("sample")

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+
+from srrl_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,14 @@ def canonical_row(row: dict[str, Any], schema: Schema) -> dict[str, Any]:
         if isinstance(rubrics, list | tuple)
         else rubrics,
     }
+
+
+def parse_fields(given: Sequence[str] | None) -> dict[str, str]:
+    """The mapping of options NAME=FIELD. Raises InputError for another NAME, or no FIELD."""
+    fields = dict(pair.partition("=")[::2] for pair in given or ())
+    if unknown := [name for name, value in fields.items() if name not in FIELDS or not value]:
+        raise InputError(f"--field {unknown[0]}: give NAME=FIELD, where NAME is one of {', '.join(FIELDS)}")
+    return fields
 
 
 def in_words_of(schema: Schema, fault: str) -> str:

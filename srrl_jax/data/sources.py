@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from etils import epath
 
 from srrl_jax import storage
-from srrl_jax.data.schemas import Schema, canonical_row, find_schema, in_words_of
+from srrl_jax.data.schemas import SCHEMAS, Schema, canonical_row, find_schema, in_words_of
 from srrl_jax.data.tfds import read_tfds
 from srrl_jax.errors import InputError
 from srrl_jax.rubrics import Example, row_faults
@@ -81,6 +81,52 @@ def read_example(
     if faults := row_faults(value):
         return None, schema, [in_words_of(schema, fault) for fault in faults]
     return Example.from_dict(value), schema, []
+
+
+class Prompt(NamedTuple):
+    """A prompt to write a rubric for.
+
+    Attributes:
+      example: with a criterion that stands for those to come.
+      reference: a good answer, or "".
+    """
+
+    example: Example
+    reference: str
+
+
+_REFERENCES = ("reference", "reference_answer", "physician_response", "answer")
+
+
+def load_prompts(source: str | Path, fields: Mapping[str, str] = NO_FIELDS) -> list[Prompt]:
+    """Read the prompts of a source, in order, whether or not its rows have rubrics.
+
+    A reference answer is what a row has under `reference`, `reference_answer`, `physician_response`,
+    `answer`, or HealthBench's `ideal_completions_data`.
+
+    Raises InputError as `load_examples` does.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for row in read_rows(source):
+        value = row.value
+        if isinstance(value, dict):
+            names = (Schema("", **fields),) if fields else SCHEMAS
+            schema = next((schema for schema in names if schema.prompt in value), SCHEMAS[0])
+            value = value | {schema.rubrics: [{schema.criterion: "to be written", schema.points: 1}]}
+        example, _, faults = read_example(row._replace(value=value), fields)
+        if example is None:
+            raise InputError(f"{row.where}: {faults[0]}")
+        if (first := seen.setdefault(example.prompt_id, row.where)) != row.where:
+            raise InputError(f"{row.where}: prompt_id {example.prompt_id!r} is already used at {first}")
+        ideal = row.value.get("ideal_completions_data")
+        texts = [row.value.get(name) for name in _REFERENCES]
+        texts += [ideal.get("ideal_completion")] if isinstance(ideal, dict) else []
+        reference = next((text for text in texts if isinstance(text, str) and text.strip()), "")
+        prompts.append(Prompt(example, reference))
+    if not prompts:
+        raise InputError(f"{source} holds no prompts: add at least one")
+    return prompts
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
