@@ -6,8 +6,8 @@ PY=.venv/bin/python
 stamp=.venv/installed${1:+-$1}
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   base=${PYTHON:-python3}
-  "$base" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-    echo "needs Python 3.11 to 3.13, but $base is $("$base" --version 2>&1); set PYTHON=/path/to/python" >&2
+  "$base" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || {
+    echo "needs Python 3.11 to 3.14, but $base is $("$base" --version 2>&1); set PYTHON=/path/to/python" >&2
     exit 2
   }
   echo "making .venv (about two minutes)"

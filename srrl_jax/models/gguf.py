@@ -3,6 +3,8 @@
 Source: the file format and tensor names of llama.cpp, as its `gguf` package has them.
 """
 
+import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from gguf.quants import dequantize
 from srrl_jax.errors import InputError
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.files import Box, Tensor
+from srrl_jax.models.rope import RopeScaling, frequencies
 
 # model_type of transformers by architecture.
 _MODEL_TYPES = {"qwen3": "qwen3", "qwen3moe": "qwen3_moe", "qwen2": "qwen2", "llama": "llama"}
@@ -74,6 +77,7 @@ def read(path: Path, config: Qwen3Config | None = None) -> tuple[Qwen3Config, di
             f"{path}: architecture {architecture!r} is not supported; use one of {', '.join(_MODEL_TYPES)}"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config_given = config is not None
     if config is None:
         config = _config(path, reader, architecture, tensors)
     elif config.model_type != _MODEL_TYPES[architecture]:
@@ -82,7 +86,12 @@ def read(path: Path, config: Qwen3Config | None = None) -> tuple[Qwen3Config, di
         )
     result = {}
     for tensor in reader.tensors:
-        result |= _tensors(path, tensor, config)
+        if tensor.name == "rope_freqs.weight":
+            config = _with_factors(
+                path, config, np.asarray(tensor.data, np.float32).reshape(-1), config_given
+            )
+        else:
+            result |= _tensors(path, tensor, config)
     return config, result
 
 
@@ -194,6 +203,37 @@ def _config(path: Path, reader: _Reader, architecture: str, tensors: dict) -> Qw
             "wrongly; use another checkpoint"
         )
     return Qwen3Config.from_hf(hf)
+
+
+def _with_factors(path: Path, config: Qwen3Config, factors: np.ndarray, given: bool) -> Qwen3Config:
+    """The config whose frequencies are the plain ones over `factors` [head_dim / 2].
+
+    llama.cpp's convert_hf_to_gguf.py writes Llama 3's rope type in this way alone, so its parameters are
+    taken from the factors, low_freq_factor and high_freq_factor being 1 and 4 as in every Llama 3.
+
+    Args:
+      given: the config has its rope from a `config.json`, which is to agree.
+    Raises:
+      InputError: the factors are not Llama 3's, or not those of the `config.json`.
+    """
+    plain = frequencies(config.head_dim, config.rope_theta, None)
+    if factors.shape == plain.shape and not given and config.rope_scaling is None and factors.max() > 1:
+        factor, wavelength = float(factors.max()), 2 * math.pi / plain.astype(np.float64)
+        between = (factors > 1) & (factors < factor)
+        kept = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+        if between.any():
+            length = np.median((wavelength * (1 + 3 * kept))[between])
+        else:  # between four times the longest that is kept and the shortest that is stretched
+            length = math.sqrt(
+                wavelength[factors == factor].min() * 4 * max(wavelength[factors == 1], default=1)
+            )
+        scaling = RopeScaling("llama3", _decimal(factor), round(length))
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    scaled = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    if factors.shape != plain.shape or not np.allclose(plain / factors, scaled, rtol=1e-4):
+        what = "differs from the rope of config.json" if given else "is not of Llama 3's rope type"
+        raise InputError(f"{path}: tensor 'rope_freqs.weight' {what}; use another checkpoint")
+    return config
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:

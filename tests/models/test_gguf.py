@@ -1,5 +1,6 @@
 """GGUF files, written here by llama.cpp's package with its row order."""
 
+import math
 import re
 
 import gguf
@@ -10,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models import Qwen3, Qwen3Config, rope
 from srrl_jax.models import gguf as ours
 
 ARCHITECTURES = {
@@ -100,7 +101,8 @@ def write(tmp_path):
             else:
                 writer.add_tensor(gguf_name, values)
         for extra_name in extra:
-            writer.add_tensor(extra_name, np.ones(8, np.float32))
+            values = extra[extra_name] if isinstance(extra, dict) else np.ones(8, np.float32)
+            writer.add_tensor(extra_name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -172,7 +174,7 @@ def test_config_json_comes_first(tiny, write):
 @pytest.mark.parametrize(
     "metadata, extra, message",
     [
-        ({}, ["rope_freqs.weight"], "model.gguf.*rope_freqs.weight"),
+        ({}, ["rope_freqs.bias"], "model.gguf.*rope_freqs.bias"),
         ({}, ["blk.0.ffn_gate_exps.weight"], "model.layers.0.mlp.experts.0.gate_proj.weight"),
         ({"llama.rope.scaling.type": "longrope"}, [], "llama.rope.scaling.type"),
         ({"llama.rope.scaling.type": "yarn"}, [], "'rope.scaling.factor' is missing"),
@@ -209,6 +211,54 @@ def test_rope_scaling(tiny, write, metadata, parameters):
     model = tiny("qwen3", rope_parameters={**parameters, "rope_theta": 5e5})
     folder = write(model, metadata={f"qwen3.rope.scaling.{key}": value for key, value in metadata.items()})
     assert Qwen3.from_pretrained(folder).config == model.config
+
+
+def llama3_factors(head_dim, theta, factor, length, low=1.0, high=4.0):
+    """As llama.cpp's convert_hf_to_gguf.py computes them, in Python's floats."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        if wavelength < length / high:
+            factors.append(1.0)
+        elif wavelength > length / low:
+            factors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("factor", "length", "head_dim", "theta"),
+    [(8.0, 8192, 128, 5e5), (32.0, 8192, 64, 5e5), (32.0, 8192, 16, 5e5), (4.0, 1000, 8, 1e4)],
+)
+def test_llama_3s_factors_are_read_back_as_its_rope_type(tiny, write, factor, length, head_dim, theta):
+    """Llama 3.1 and 3.2 in their own sizes come back exactly; few dimensions leave the length open."""
+    parameters = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": length,
+                  "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": theta}  # fmt: skip
+    model = tiny("llama", rope_parameters=parameters, head_dim=head_dim)
+    factors = llama3_factors(head_dim, theta, factor, length)
+    folder = write(model, extra={"rope_freqs.weight": factors})
+    found = Qwen3.from_pretrained(folder).config
+    if head_dim >= 16:
+        assert found == model.config
+    frequencies = [rope.frequencies(head_dim, theta, c.rope_scaling) for c in (found, model.config)]
+    np.testing.assert_allclose(*frequencies, rtol=1e-6)
+    (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
+    assert Qwen3.from_pretrained(folder).config == model.config
+
+
+def test_other_factors_are_refused(tiny, write):
+    model = tiny("llama", rope_theta=5e5)
+    factors = llama3_factors(16, 5e5, 8.0, 8192)
+    for wrong in (factors[::-1], factors[:4], factors * 2):
+        folder = write(model, extra={"rope_freqs.weight": np.ascontiguousarray(wrong)})
+        with pytest.raises(InputError, match="'rope_freqs.weight' is not of Llama 3's rope type"):
+            Qwen3.from_pretrained(folder)
+    folder = write(model, extra={"rope_freqs.weight": factors})
+    (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
+    with pytest.raises(InputError, match="'rope_freqs.weight' differs from the rope of config.json"):
+        Qwen3.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
