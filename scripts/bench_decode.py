@@ -23,9 +23,9 @@ def main() -> None:
     from flax import nnx
 
     from srrl_jax.models import Qwen3
-    from srrl_jax.models.decoder import Decoder
     from srrl_jax.models.modules import project
-    from srrl_jax.sampling import Buckets, Sampler
+    from srrl_jax.sampling import RowLengths, Sampler
+    from srrl_jax.sampling.decoder import Decoder
 
     model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
     branches = args.prompts * args.group
@@ -43,7 +43,7 @@ def main() -> None:
                 x = project(fitted(x, weight.shape[1]), weight)
         return project(fitted(x, head.shape[1]), head, jnp.float32).sum()
 
-    weights = [[linear.weight[...] for linear in layer.projections().values()] for layer in decoder.layers]
+    weights = [[linear.weight[...] for linear in layer.projections().values()] for layer in decoder.stacks]
     run = jax.jit(products)
 
     def milliseconds(function) -> float:
@@ -60,11 +60,11 @@ def main() -> None:
         .integers(2, model.config.vocab_size, (args.prompts, args.prompt_len))
         .tolist()
     )
-    table = Buckets(prefix=(args.prompt_len,), fan_out=(args.group,), rows=(args.prompts,))
+    rows = [RowLengths(args.prompt_len, [0] * args.group)] * args.prompts
     params = nnx.state(model)
 
     def generate(new: int):
-        sampler = Sampler(model, table, new_tokens=new, stop_ids=[model.config.vocab_size])
+        sampler = Sampler(model, rows, new_tokens=new, stop_ids=[model.config.vocab_size])
         return lambda: sampler.generate(params, ids, [[[]] * args.group] * args.prompts, jax.random.key(0))
 
     short, long = (milliseconds(generate(new)) for new in (args.new // 2, args.new))

@@ -24,20 +24,19 @@ def main() -> None:
     from flax import nnx
 
     from srrl_jax.models import Qwen3
-    from srrl_jax.sampling import Buckets, Sampler
+    from srrl_jax.sampling import RowLengths, Sampler
 
     model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
     params, vocab, draw = nnx.state(model), model.config.vocab_size, np.random.default_rng(0)
     geometric = args.lengths == "geometric"
     prompts = args.prompts * (4 if geometric else 1)
     ids = draw.integers(2, vocab, (prompts, args.prompt_len)).tolist()
-    # Where lengths differ, few rows at a time can enter, and few slots go on at the end.
-    rows = {max(1, args.prompts // part) for part in ((8, 4, 2, 1) if geometric else (1,))}
-    buckets = Buckets(prefix=(args.prompt_len,), fan_out=(args.group,), rows=tuple(sorted(rows)))
+    rows = [RowLengths(args.prompt_len, [0] * args.group)]
     produced = {}
 
     def runner(stop_ids):
-        sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=stop_ids, int8=args.int8)
+        options = dict(together=args.prompts, new_tokens=args.new, int8=args.int8)
+        sampler = Sampler(model, rows, stop_ids=stop_ids, **options)
 
         def run(rep: int) -> None:
             results = sampler.generate(params, ids, [[[]] * args.group] * prompts, jax.random.key(rep))
@@ -47,7 +46,7 @@ def main() -> None:
 
     times = measure(runner([vocab]), args.reps)  # no such token: nothing stops
     if geometric:
-        # One token in new / 4 is a stop. Lengths, and so the sizes that are compiled, differ with the key.
+        # One token in new / 4 is a stop.
         run, start = runner(draw.permutation(vocab)[: vocab * 4 // args.new]), time.perf_counter()
         for rep in range(1, args.reps + 1):
             run(rep)

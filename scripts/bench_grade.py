@@ -24,23 +24,22 @@ def main() -> None:
     from flax import nnx
 
     from srrl_jax.models import Qwen3
-    from srrl_jax.sampling import Buckets, Sampler, SamplingConfig, score
+    from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
     model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
     draw, vocab = np.random.default_rng(1), model.config.vocab_size
     prefixes = draw.integers(2, vocab, (args.conversations, args.prefix_len)).tolist()
     suffixes = draw.integers(2, vocab, (args.conversations, args.criteria, args.suffix_len)).tolist()
-    buckets = Buckets((args.prefix_len,), (args.criteria,), (args.suffix_len,), (args.conversations,))
-    sampler = Sampler(
-        model, buckets, new_tokens=args.new, stop_ids=[vocab], sampling=SamplingConfig(temperature=0)
-    )
+    rows = [RowLengths(args.prefix_len, [args.suffix_len] * args.criteria)] * args.conversations
+    greedy = SamplingConfig(temperature=0)
+    sampler = Sampler(model, rows, new_tokens=args.new, stop_ids=[vocab], sampling=greedy)
     params = nnx.state(model)
 
     def run(rep: int) -> None:
         if args.verdict == "generate":
             sampler.generate(params, prefixes, suffixes, jax.random.key(rep))
         else:  # the two differ in what is done with the probabilities, on the host
-            score(sampler, params, prefixes, suffixes, [2, 3])
+            sampler.score(params, prefixes, suffixes, [2, 3])
 
     times = measure(run, args.reps)
     roof, verdicts = Roofline(args.ckpt), args.conversations * args.criteria

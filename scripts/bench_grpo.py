@@ -28,9 +28,10 @@ def main() -> None:
 
     from srrl_jax.losses import group_advantages
     from srrl_jax.models import Qwen3
-    from srrl_jax.sampling import Buckets, Sampler
+    from srrl_jax.sampling import RowLengths, Sampler
     from srrl_jax.training import TrainConfig
     from srrl_jax.training.batch import pack_groups, split_batch
+    from srrl_jax.training.shapes import UpdateShapes
     from srrl_jax.training.update import completion_logprobs, make_optimizer, make_update
 
     config = TrainConfig.from_dict(
@@ -42,21 +43,17 @@ def main() -> None:
             "prompts_per_step": args.prompts,
             "group_size": args.group,
             "kl_coef": args.kl,
-            "rollout": {
-                "max_new_tokens": args.new,
-                "prompt_buckets": [args.prompt_len],
-                "completion_buckets": [args.new],
-            },
-            "grading": dict.fromkeys(("prefix_buckets", "criterion_buckets", "criteria_buckets"), [1])
-            | {"max_new_tokens": 1},
+            "rollout": {"max_new_tokens": args.new},
+            "grading": {"max_new_tokens": 1},
             "optimizer": {"microbatch": args.microbatch, "remat": args.remat},
         }
     )
     model = Qwen3.from_pretrained(args.ckpt)
     model.dtype = jnp.dtype(args.dtype)
     vocab = model.config.vocab_size
-    buckets = Buckets(prefix=(args.prompt_len,), fan_out=(args.group,), rows=(args.prompts,))
-    sampler = Sampler(model, buckets, new_tokens=args.new, stop_ids=[vocab])
+    rows = [RowLengths(args.prompt_len, [0] * args.group)] * args.prompts
+    sampler = Sampler(model, rows, new_tokens=args.new, stop_ids=[vocab])
+    shapes = UpdateShapes(args.prompt_len, (args.new,), args.microbatch)
     optimizer = make_optimizer(config.optimizer)
     graphdef, params = nnx.split(model)
     del model
@@ -78,9 +75,7 @@ def main() -> None:
     def experience(key, group: int, prompts: np.ndarray):
         groups = sampler.generate(state[0], prompts.tolist(), [[[]] * group] * len(prompts), key)
         rewards = random.random((len(prompts), group), np.float32)
-        batch = pack_groups(
-            prompts.tolist(), groups, np.ones(rewards.shape, bool), (args.prompt_len,), (args.new,)
-        )
+        batch = pack_groups(prompts.tolist(), groups, np.ones(rewards.shape, bool), shapes)
         return batch._replace(advantages=np.asarray(group_advantages(rewards)))
 
     def step(rep: int) -> None:

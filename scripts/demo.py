@@ -30,6 +30,7 @@ from srrl_jax.telemetry.report import write_report
 from srrl_jax.tinyworld import grader_pairs, oracle
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
+from srrl_jax.training.run import load_tasks
 
 
 def oracle_curve(samples: list[dict], split: str) -> list[tuple[int, float]]:
@@ -60,7 +61,9 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
+        tokenizer = load_tokenizer(config.model)
+        lengths = load_tasks(config, tokenizer).lengths(config)
+        actor = make_actor(model, tokenizer, config, mesh, lengths)
         accuracy = [grader_accuracy(actor, params) for params in (nnx.state(model), final.params)]
 
     samples = read_jsonl(run_dir / "samples.jsonl")

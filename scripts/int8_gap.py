@@ -17,7 +17,7 @@ from srrl_jax.data import load_examples
 from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.sampling import Buckets, Sampler
+from srrl_jax.sampling import RowLengths, Sampler
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     prompts = [ids for text in rendered if len(ids := tokenizer.encode(text)) <= args.longest][: args.prompts]
     sampler = Sampler(
         model,
-        Buckets(prefix=(args.longest,), fan_out=(1,), rows=(len(prompts),)),
+        [RowLengths(len(prompt), [0]) for prompt in prompts],
         new_tokens=args.new,
         stop_ids=tokenizer.stop_ids,
         allowed=tokenizer.size,

@@ -3,11 +3,11 @@
 python scripts/padding.py HEALTHBENCH.jsonl --tokenizer DIRECTORY
 
 In steps of 32 prompts and 4 responses of about --response tokens each (log-normal, seeded: their lengths are
-all that counts), in sizes of `ladder`. Nothing is computed but lengths.
+all that counts), in the shapes that training would plan for these rows. Nothing is computed but lengths.
 """
 
 import argparse
-import dataclasses
+import sys
 
 import numpy as np
 from rich.console import Console
@@ -16,21 +16,15 @@ from rich.table import Table
 from srrl_jax.data import load_examples
 from srrl_jax.grading import GradingItem
 from srrl_jax.grading.asking import Question
+from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
-from srrl_jax.sampling import Buckets
-from srrl_jax.sampling.buckets import Lengths, ladder, plan_waves
+from srrl_jax.sampling import RowLengths
+from srrl_jax.sampling.scheduler import batches, sort_rows
+from srrl_jax.sampling.shapes import Memory, plan_shapes
+from srrl_jax.training.shapes import with_responses
 
-PROMPTS, GROUP = 32, 4
-
-
-def computed(lengths: Lengths, rows: tuple[int, ...]) -> np.ndarray:
-    """Places of prefixes and of lanes in the waves of all rows, and the number of waves."""
-    fan_out = ladder(map(len, lengths.branches), least=4)
-    table = Buckets(ladder(lengths.prefix), fan_out, ladder(n for row in lengths.branches for n in row), rows)
-    waves = plan_waves(lengths, table)
-    places = [len(w.indices) * np.array([w.prefix, w.lanes * w.branch]) for w in waves]
-    return np.array([*sum(places), len(waves)])
+PROMPTS, GROUP, LONGEST = 32, 4, 3072
 
 
 def main() -> None:
@@ -39,45 +33,63 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--template", default="shared")
     parser.add_argument("--response", type=int, default=500)
-    parser.add_argument("--seats", type=int, nargs="*", default=[1, 2, 4, 8])
     args = parser.parse_args()
     tokenizer, random = load_tokenizer(args.tokenizer), np.random.default_rng(0)
     question = Question(tokenizer, load_template(args.template))
-    trunk = sum(question.trunk)
     examples = load_examples(args.rows)
-    steps = [examples[i : i + PROMPTS] for i in range(0, len(examples) - PROMPTS + 1, PROMPTS)]
-    ways = ("prompts", "grading", "grading, trunk in each prefix", "grading, a lane for each criterion")
-    total = {way: np.zeros(5) for way in ways}  # real tokens of prefixes and branches, then `computed`
+    prompts = [tokenizer.encode(tokenizer.render(list(e.prompt), thinking=False)) for e in examples]
+    asked = [question.prefix(GradingItem(e.prompt, "", e.rubrics)) for e in examples]
+    shared = len(question.shared(asked))
+    criteria = [[len(question.branch([c])) for c in e.rubrics] for e in examples]
+    memory = Memory(PRESETS["qwen3-0.6b"], np.float32, sys.maxsize)
+    rollouts = [RowLengths(len(prompt), [0] * GROUP) for prompt in prompts]
+    graded = [RowLengths(len(p) - shared, branches) for p, branches in zip(asked, criteria, strict=True)]
 
-    def add(way: str, lengths: Lengths) -> None:
-        real = [sum(lengths.prefix), sum(map(sum, lengths.branches))]
-        total[way] += [*real, *computed(lengths, tuple(args.seats))]
-
-    for step in steps:
-        prompts = [tokenizer.encode(tokenizer.render(list(e.prompt), thinking=False)) for e in step]
-        add("prompts", Lengths(list(map(len, prompts)), [[0] * GROUP] * len(step)))
-        items = [GradingItem(e.prompt, "", e.rubrics) for e in step]
-        prefix = np.repeat([len(question.prefix(item)) for item in items], GROUP)
-        prefix += random.lognormal(np.log(args.response), 0.6, len(prefix)).astype(int)
-        criteria = [
-            [len(question.branch([c])) for c in item.criteria] for item in items for _ in range(GROUP)
+    def responses(rows: list[RowLengths]) -> list[RowLengths]:
+        lengths = np.minimum(random.lognormal(np.log(args.response), 0.6, (len(rows), GROUP)), LONGEST)
+        return [
+            RowLengths(row.prefix + int(length), row.branches)
+            for row, drawn in zip(rows, lengths, strict=True)
+            for length in drawn
         ]
-        whole, rest = (Lengths(lengths.tolist(), criteria) for lengths in (prefix, prefix - trunk))
-        add("grading", rest)
-        add("grading, trunk in each prefix", whole)
-        add("grading, a lane for each criterion", dataclasses.replace(rest, apart=True))
-    table = Table(title=f"{len(steps)} steps of {PROMPTS} x {GROUP}; a trunk of {trunk} tokens")
-    for column in ("", "real tokens", "padding of prefixes", "of branches", "of all", "waves a step"):
+
+    table = Table(title=f"{len(examples) // PROMPTS} steps of {PROMPTS} x {GROUP}; {shared} shared tokens")
+    for column in (
+        "",
+        "real tokens",
+        "padding of prefixes",
+        "of branches",
+        "of all",
+        "programs",
+        "runs a step",
+    ):
         table.add_column(column, justify="right")
-    for way, (prefix, branch, prefixes, lanes, waves) in total.items():
-        shares = [
-            1 - prefix / prefixes,
-            1 - branch / max(lanes, 1),
-            1 - (prefix + branch) / (prefixes + lanes),
-        ]
-        cells = [f"{share:.1%}" if branch or i != 1 else "–" for i, share in enumerate(shares)]
-        table.add_row(way, f"{prefix + branch:,.0f}", *cells, f"{waves / len(steps):.1f}")
-    Console(width=120).print(table)
+    for what, rows, expected, made in (
+        ("prompts", rollouts, rollouts, list),
+        ("grading", graded, with_responses(graded, LONGEST), responses),
+        (
+            "grading, a lane for each criterion",
+            graded,
+            with_responses(graded, LONGEST),
+            responses,
+        ),
+    ):
+        apart = "lane" in what
+        together = PROMPTS * (1 if made is list else GROUP)
+        shapes = plan_shapes(expected, 256, memory, together=together, apart=apart)
+        real, computed, runs = np.zeros(2), np.zeros(2), 0
+        for start in range(0, len(rows) - PROMPTS + 1, PROMPTS):
+            step = made(rows[start : start + PROMPTS])
+            real += [sum(row.prefix for row in step), sum(sum(row.branches) for row in step)]
+            for batch in batches(sort_rows(step, shapes, 256), shapes):
+                shape = batch.shape
+                computed += shape.rows * np.array([shape.prefix, shape.lanes * shape.lane])
+                runs += 1
+        shares = [*(1 - real / np.maximum(computed, 1)), 1 - real.sum() / computed.sum()]
+        cells = [f"{share:.1%}" if real[1] or i != 1 else "–" for i, share in enumerate(shares)]
+        steps = len(rows) // PROMPTS
+        table.add_row(what, f"{real.sum():,.0f}", *cells, str(len(shapes.prefill)), f"{runs / steps:.1f}")
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from srrl_jax.telemetry import iter_jsonl, read_jsonl
 from srrl_jax.tinyworld import grader_pairs
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
+from srrl_jax.training.run import load_tasks
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def accuracies(config: TrainConfig, params) -> list[dict[str, float]]:
     mesh, found = make_mesh(config.mesh), []
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
+        tokenizer = load_tokenizer(config.model)
+        lengths = load_tasks(config, tokenizer).lengths(config)
+        actor = make_actor(model, tokenizer, config, mesh, lengths)
         for weights in (nnx.state(model), params):
             verdicts = actor.grader.grade(weights, items, jax.random.key(0))
             right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
@@ -222,7 +225,7 @@ def main() -> None:
         shared = [f"model={make_base(claim, args.out)}", *claim.recipe]
         if name == "d":
             lessons = args.out / "lessons.jsonl"
-            shared += ["rollout.prompt_buckets=[36, 136]", f"data.teacher={lessons}"]
+            shared += [f"data.teacher={lessons}"]
             if not lessons.exists():
                 write_lessons(TrainConfig.load("configs/demo.yaml", shared))
         for seed in range(args.first_seed, args.first_seed + args.seeds):

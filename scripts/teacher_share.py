@@ -31,6 +31,7 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_reply
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
+from srrl_jax.training.run import load_tasks
 
 SHARES = (0, 0.01, 0.05, 0.2)
 SEEDS = (0, 1, 2)
@@ -44,7 +45,6 @@ RECIPE = [
     "optimizer.learning_rate=3e-4",
     "eval.every=40",
     "eval.frozen=false",
-    "rollout.prompt_buckets=[36, 136]",
     f"data.teacher={ROOT / 'lessons.jsonl'}",
 ]
 
@@ -74,7 +74,9 @@ def figures(config: TrainConfig) -> tuple[list[float], list[float]]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        actor = make_actor(model, load_tokenizer(config.model), config, mesh)
+        tokenizer = load_tokenizer(config.model)
+        lengths = load_tasks(config, tokenizer).lengths(config)
+        actor = make_actor(model, tokenizer, config, mesh, lengths)
         accuracy = [grader_accuracy(actor, p) for p in (nnx.state(model), final.params)]
     run_dir = Path(config.run_dir)
     truth = [score for _, score in oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval")]

@@ -1,12 +1,13 @@
 """Who answers and grades: one set of weights in its two roles, in training and in evaluation alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from srrl_jax.grading import Grader, WeightsJudge, opened_thought
 from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.programs import Program
 from srrl_jax.rubrics import Message, visible_response
 from srrl_jax.sampling import Completion, Sampler, Weights
 
@@ -52,7 +53,21 @@ class Actor:
 
         Those that they replace are of no use any more. What is prepared already stays as it is.
         """
-        return jax.block_until_ready(self.sampler.ready(params, replaces))
+        return jax.block_until_ready(self.sampler.prepare(params, replaces))
+
+    def programs(self, params: Any, grades: bool = True, replaced: bool = False) -> Iterator[Program]:
+        """What both roles run with such weights, or their shapes.
+
+        Args:
+          grades: whether they grade.
+          replaced: whether other weights take their place, see `prepare`.
+        """
+        for program in self.sampler.programs(params):
+            yield program._replace(kind=f"rollout/{program.kind}")
+        for program in self.grader.programs(params) if grades else ():
+            yield program._replace(kind=f"grade/{program.kind}")
+        if replaced:
+            yield self.grader.sampler.relayout(params, replaces=True)
 
     def answer(
         self,

@@ -100,6 +100,9 @@ def _train(
     process: Annotated[
         int | None, typer.Option(envvar="SRRL_PROCESS", help="Number of this process, from 0.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compile all programs, say what they take, and stop there.")
+    ] = False,
 ) -> None:
     """Train by self-rewarding GRPO; on an existing run directory, resume.
 
@@ -110,6 +113,10 @@ def _train(
     from srrl_jax.training import TrainConfig, train
 
     resolved = TrainConfig.load(config, overrides or [])
+    if dry_run:
+        from srrl_jax.training.dry_run import dry_run as describe
+
+        return describe(resolved)
     join(coordinator, processes, process)
     with end_together():
         train(resolved)
@@ -126,7 +133,6 @@ def _plan(
     ] = None,
     slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis slice.")] = 1,
     as_json: Json = False,
-    cache: Annotated[bool, typer.Option(help="Keep what was compiled, for the next plan.")] = True,
     completion: Annotated[
         float | None, typer.Option(help="Mean tokens of a completion; by default half of the limit.")
     ] = None,
@@ -135,6 +141,9 @@ def _plan(
     ] = None,
     criteria: Annotated[float, typer.Option(help="Mean number of criteria of a row.")] = 12,
     tries: Annotated[float, typer.Option(help="Mean replies to a criterion.")] = 1,
+    longest_prompt: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 4096,
+    longest_criterion: Annotated[int, typer.Option(help="Tokens of the longest criterion.")] = 256,
+    most_criteria: Annotated[int, typer.Option(help="Criteria of the row that has most.")] = 48,
 ) -> None:
     """Compile a recipe for devices that are not here: does it fit (else exit code 1), how long is it?"""
     from srrl_jax.planning.chips import Topology
@@ -145,11 +154,13 @@ def _plan(
         overrides or [],
         Topology.parse(topology, slices),
         as_json=as_json,
-        cached=cache,
         completion=completion,
         verdict=verdict,
         criteria=criteria,
         tries=tries,
+        longest_prompt=longest_prompt,
+        longest_criterion=longest_criterion,
+        most_criteria=most_criteria,
     )
     raise typer.Exit(0 if fits else 1)
 

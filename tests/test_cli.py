@@ -103,11 +103,11 @@ def test_rows_that_are_both_trained_on_and_held_out(refused):
     assert "easy-0000" in refused(f"data.train={easy}", f"data.eval={easy}")
 
 
-def test_a_prompt_over_the_bucket_table(refused, tmp_path):
-    long = row(prompt=[{"role": "user", "content": "hello . " * 40}])
+def test_a_prompt_that_is_too_long(refused, tmp_path):
+    long = row(prompt=[{"role": "user", "content": "hello . " * 240}])
     path = rows(tmp_path / "rows.jsonl", row(), long)
     message = refused(f"data.train={path}", "data.eval=null")
-    assert f"{path}: row 2" in message and "enlarge rollout.prompt_buckets" in message
+    assert f"{path}: row 2" in message and "over 512" in message
 
 
 def test_an_unsupported_model_type(refused, checkpoint):
@@ -127,8 +127,8 @@ def test_a_missing_and_an_extra_tensor(refused, checkpoint):
     assert "'model.adapter.weight' is not part of the network" in message and str(file) in message
 
 
-def test_buckets_beyond_the_positions_of_the_model(refused):
-    assert "max_position_embeddings 512" in refused("grading.prefix_buckets=[600]")
+def test_replies_beyond_the_positions_of_the_model(refused):
+    assert "the model has 512 positions" in refused("grading.max_new_tokens=600")
 
 
 def test_another_recipe_in_the_run_directory(refused, tmp_path):

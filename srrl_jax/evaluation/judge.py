@@ -25,8 +25,7 @@ from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import MeshConfig, computing, make_mesh, row_shards
 from srrl_jax.rubrics import Message, template_sha256
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
-from srrl_jax.sampling.buckets import ladder
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Checkpoint:
         """As `answer`, with several completions of each prompt, which is read once for all of them."""
         asked = [encode_prompt(self.tokenizer, prompt, config.thinking) for prompt in prompts]
         tokens = [prompt for prompt, _ in asked]
-        actor = Actor(self._sampler(config, map(len, tokens), [0], (samples,)))
+        actor = Actor(self._sampler(config, [RowLengths(len(prompt), [0] * samples) for prompt in tokens]))
         with computing(self.mesh, self.dtype):
             self.weights = actor.prepare(self.weights)
             groups = actor.answer(self.weights, tokens, samples, key, ids)
@@ -103,19 +102,8 @@ class Checkpoint:
     ) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
         grader = Grader.at(config, self.tokenizer)
-        prefixes, branches = zip(*map(grader.encode, items), strict=True)
-        grader.sampler = self._sampler(
-            config,
-            map(len, prefixes),
-            [len(branch) for row in branches for branch in row],
-            Grader.fan_out(
-                ladder((len(item.criteria) for item in items), least=4),
-                config.verdict,
-                config.votes,
-                config.together,
-            ),
-            grader.question.trunk,
-        )
+        shared = grader.question.shared(grader.question.prefix(item) for item in items)
+        grader.sampler = self._sampler(config, list(map(grader.lengths, items)), shared)
         texts = repr([(list(item.prompt), item.response) for item in items])
         key = jax.random.fold_in(key, zlib.crc32(texts.encode()))
         actor = Actor(grader.sampler, grader)
@@ -124,20 +112,22 @@ class Checkpoint:
                 self.weights = actor.prepare(self.weights)
             return actor.judge(self.weights, key).grade(items, on_wave)
 
-    def _sampler(self, config: AnswerConfig | JudgeConfig, prefixes, branches, fan_out, trunk=()) -> Sampler:
-        branch, positions = ladder(branches), self.model.config.max_position_embeddings
-        room = positions - branch[-1] - config.max_new_tokens
-        if room < 1:
+    def _sampler(
+        self, config: AnswerConfig | JudgeConfig, rows: Sequence[RowLengths], shared: Sequence[int] = ()
+    ) -> Sampler:
+        positions = self.model.config.max_position_embeddings
+        longest = max(row.prefix + max(row.branches) for row in rows)
+        if longest + config.max_new_tokens > positions:
             raise InputError(
-                f"{self.name}: a criterion of {branch[-1]} tokens and {config.max_new_tokens} new ones leave "
-                f"no room in its {positions} positions (max_position_embeddings); shorten the template or "
-                "the reply"
+                f"{self.name}: a prompt of {longest} tokens and {config.max_new_tokens} new ones are over "
+                f"its {positions} positions (max_position_embeddings); shorten the input or the reply"
             )
-        prefix = tuple(sorted({min(size, room) for size in ladder(prefixes)}))
         return Sampler(
             self.model,
-            Buckets(prefix, fan_out, branch, (self.rows,), trunk),
+            rows,
+            together=self.rows,
             new_tokens=config.max_new_tokens,
+            shared=shared,
             stop_ids=self.tokenizer.stop_ids,
             sampling=config.sampling,
             allowed=min(self.tokenizer.size, self.model.config.vocab_size),

@@ -1,7 +1,7 @@
 """How the grader is asked: the tokens of a response's prompt and of its criteria."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -52,14 +52,15 @@ class Question:
             # A tokenizer may write the end of the skeleton and the verdict as one token.
             self.skeleton = (SKELETON + "true}")[: -len(tokenizer.decode(yes[same:]))]
 
-    @cached_property
-    def trunk(self) -> tuple[int, ...]:
-        """For `Buckets.trunk`: how many tokens the prompts of all items begin with alike, the instructions of
-        a template that puts them first; empty where so few that nothing is saved."""
+    def shared(self, prefixes: Iterable[Sequence[int]] = ()) -> tuple[int, ...]:
+        """The tokens that the prompts of all items begin with, those of `prefixes` too: the instructions of a
+        template that puts them first. None where they are so few that nothing is saved."""
         roles = ("user", "assistant", "system")
         prompts = [self.prefix(GradingItem([{"role": role, "content": ""}], "", ())) for role in roles]
-        tokens = len(os.path.commonprefix(prompts))
-        return (tokens,) if tokens >= 64 else ()
+        tokens = os.path.commonprefix(prompts)
+        for prefix in prefixes:
+            tokens = os.path.commonprefix([tokens, prefix])
+        return tuple(tokens) if len(tokens) >= 64 else ()
 
     def prefix(self, item: GradingItem) -> list[int]:
         """What all criteria of the item share: instructions, conversation, response."""

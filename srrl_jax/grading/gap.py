@@ -11,7 +11,6 @@ from flax import nnx
 from srrl_jax.models import TreeBatch, branch_logprobs
 from srrl_jax.parallel import to_host
 from srrl_jax.sampling import Completion, Sampler
-from srrl_jax.sampling.buckets import fit
 
 
 class Gap(NamedTuple):
@@ -28,19 +27,15 @@ def reply_gaps(
     branches: Sequence[Sequence[int]],
     replies: Sequence[Completion],
 ) -> list[Gap]:
-    """Of the first replies, as many as the smallest wave of `sampler` has rows, in one pass without 8 bits.
+    """Of the first replies, as many as the largest prefill of `sampler` has rows, in one pass without 8 bits.
 
     Args:
       sampler: that drew the replies.
       params: `nnx.state` of the model, from which it did.
       prefixes, branches: what was given to each reply, token ids.
     """
-    rows = sampler.plan(prefixes, [[branch] for branch in branches]).buckets.rows[0]
+    rows, size, own = sampler.shapes.prefill[-1].rows, sampler.longest_prefix, sampler.shapes.own
     taken = list(zip(prefixes, branches, replies, strict=True))[:rows]
-    size = fit(max(len(prefix) for prefix, _, _ in taken), sampler.buckets.prefix, "prefix")
-    own = (
-        fit(max(len(branch) for _, branch, _ in taken), sampler.buckets.branch, "branch") + sampler.new_tokens
-    )
     tree = TreeBatch(
         np.zeros((rows, size), np.int32),
         np.ones(rows, np.int32),

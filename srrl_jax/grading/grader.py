@@ -4,8 +4,7 @@ Every response is a prefix (instructions, conversation, response), every criteri
 the response is read once, whatever the number of its criteria.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -17,7 +16,8 @@ from srrl_jax.grading.config import JudgeConfig
 from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.sampling import Sampler, score
+from srrl_jax.programs import Program
+from srrl_jax.sampling import RowLengths, Sampler
 
 OnWave = Callable[[int, int], None]
 
@@ -26,7 +26,7 @@ class Grader:
     """Grades responses with the weights that it is given: the live policy's or frozen ones.
 
     Args:
-      sampler: with buckets for grader prompts (prefix), criteria (branch) and replies (see `fan_out`).
+      sampler: planned for the `lengths` of what is graded.
       tokenizer: of the same checkpoint.
       template: a grader template (see `srrl_jax.rubrics.load_template`).
       verdict: "generate" samples a reply with an explanation and reads it. The other two force the
@@ -72,11 +72,13 @@ class Grader:
             together=config.together,
         )
 
-    @staticmethod
-    def fan_out(criteria: Sequence[int], verdict: str, votes: int, together: bool) -> tuple[int, ...]:
-        """Branches of a response with so many criteria: those of a bucket table, from sizes of criteria."""
-        replies = votes if verdict == "generate" else 1
-        return (replies,) if together else tuple(replies * count for count in criteria)
+    def lengths(self, item: GradingItem) -> RowLengths:
+        """Tokens of a response's prompt, and of each query about it: what a sampler is planned for."""
+        prefix, branches = self.encode(item)
+        lengths = list(map(len, branches))
+        if self.together:  # what is asked again may be of one criterion, which is worded otherwise
+            lengths = [max(lengths[0], *(len(self._branch(item, [c])) for c in range(len(item.criteria))))]
+        return RowLengths(len(prefix), lengths * (self.votes if self.verdict == "generate" else 1))
 
     def grade(
         self,
@@ -88,18 +90,23 @@ class Grader:
         """One verdict for every criterion of every item.
 
         Args:
-          params: `nnx.state` of the grading model, or what `Sampler.ready` made of it.
+          params: `nnx.state` of the grading model, or what `Sampler.prepare` made of it.
           key: a typed random key. Try t of item i draws from keys folded from (t, i, place among the
             criteria still unread); a constrained verdict from (i, place of the criterion).
           on_wave: told replies finished and their total after each wave.
         Raises:
-          InputError: a criterion, or a number of criteria, that the bucket table does not hold.
+          InputError: a criterion, or a number of criteria, that the sampler was not planned for.
         """
         prefixes = [self.question.prefix(item) for item in items]
         # Text tokenized anew can be longer than what was sampled; what does not fit is unscorable.
-        rows = [i for i, prefix in enumerate(prefixes) if len(prefix) <= self.sampler.buckets.prefix[-1]]
+        rows = [i for i, prefix in enumerate(prefixes) if len(prefix) <= self.sampler.longest_prefix]
         ask = self._written if self.verdict == "generate" else self._forced
         return ask(params, items, prefixes, rows, key, on_wave)
+
+    def programs(self, params: Any) -> Iterator[Program]:
+        """What `grade` runs with such weights, or their shapes."""
+        stop_ids = self._stop_ids[0] if self.verdict == "generate" else None
+        return self.sampler.programs(params, scores=self.verdict != "generate", stop_ids=stop_ids)
 
     def encode(self, item: GradingItem) -> tuple[list[int], list[list[int]]]:
         """Token ids of the shared prefix, and of each criterion (all of them) with what follows it."""
@@ -112,9 +119,8 @@ class Grader:
     def _forced(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
         """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
         branches = [self.encode(items[i])[1] for i in rows]
-        scores = score(
-            self.sampler, params, [prefixes[i] for i in rows], branches, self.question.candidates, on_wave
-        )
+        given = [prefixes[i] for i in rows]
+        scores = self.sampler.score(params, given, branches, self.question.candidates, on_wave)
         verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
         temperature = 0 if self.verdict == "logits" else self.sampler.sampling.temperature
         seed = jax.random.key_data(key).tolist()
@@ -127,10 +133,9 @@ class Grader:
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
         """Samples replies and reads them; in 8 bits, also measures what these change in some of the first."""
-        weights = self.sampler.ready(params)
+        sampler, weights = self.sampler, self.sampler.prepare(params)
 
         def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
-            sampler = self._samplers[min(attempt, 1)]
             given = [prefixes[i] for i in asked]
             branches = [
                 [self._branch(items[i], query) for query in row for _ in range(self.votes)]
@@ -143,6 +148,7 @@ class Grader:
                 jax.random.fold_in(key, attempt),
                 row_ids=list(asked),
                 on_wave=on_wave,
+                stop_ids=self._stop_ids[min(attempt, 1)],
             )
             opening, decode = self.question.opening, self.tokenizer.decode
             replies = [
@@ -160,7 +166,7 @@ class Grader:
         return poll(criteria, rows, ask, tries=self.tries, votes=self.votes, together=self.together)
 
     @cached_property
-    def _samplers(self) -> tuple[Sampler, Sampler]:
+    def _stop_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the first try, which ends at a closing brace, and of the later ones, which do not.
 
         The engine stops at tokens, so a brace within an explanation stops the first try too. Its reply
@@ -168,14 +174,11 @@ class Grader:
         next try reads on. Without a next one, and where braces are no end (thoughts, lists of objects),
         nothing stops early. Both have equally many stop ids, so that one program serves the two.
         """
-        if self.tries == 1 or self.together or self.question.thinking or self.question.opening:
-            return self.sampler, self.sampler
-        first, later = copy.copy(self.sampler), copy.copy(self.sampler)
         stops = self.sampler.stop_ids
+        if self.tries == 1 or self.together or self.question.thinking or self.question.opening:
+            return stops, stops
         closing = closing_ids(self.tokenizer)
-        first.stop_ids = (*stops, *closing)
-        later.stop_ids = (*stops, *stops[:1] * len(closing))
-        return first, later
+        return (*stops, *closing), (*stops, *stops[:1] * len(closing))
 
 
 def _sigmoid(x: float) -> float:

@@ -12,14 +12,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.attention import Segment, attend, attend_causal, choose_kernel, near
+from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale, project
 from srrl_jax.models.moe import MoE
@@ -36,9 +36,6 @@ _SAVED = {
 # Returns [N, B, T, H * D], and whatever the caller keeps of the layer.
 Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# Which tokens of [N, B, T, ...] a layer computes; it makes keys and values of all of them.
-Read = Callable[[jax.Array], jax.Array]
-
 
 class Attention(nnx.Module):
     def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
@@ -51,17 +48,21 @@ class Attention(nnx.Module):
         self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, cos, sin, look: Look, read: Read):
-        """x [N, B, T, hidden] -> the same shape, or that of what is read, and what `look` keeps."""
-
-        def heads(y):
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
-
-        q, k, v = heads(self.q_proj(read(x))), heads(self.k_proj(x)), heads(self.v_proj(x))
+    def __call__(self, x, cos, sin, look: Look):
+        """x [N, B, T, hidden] -> the same shape, and what `look` keeps."""
+        q = self._heads(self.q_proj(x))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        y, kept = look(rotate(q, read(cos), read(sin)), rotate(k, cos, sin), v)
+            q = self.q_norm(q)
+        y, kept = look(rotate(q, cos, sin), *self.keys_values(x, cos, sin))
         return self.o_proj(y), kept
+
+    def keys_values(self, x, cos, sin) -> tuple[jax.Array, jax.Array]:
+        """Each [N, B, T, K, D]."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return rotate(k if self.k_norm is None else self.k_norm(k), cos, sin), v
+
+    def _heads(self, y):
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
 
 class Layer(nnx.Module):
@@ -79,16 +80,20 @@ class Layer(nnx.Module):
         parts = [self.self_attn] if isinstance(self.mlp, MoE) else [self.self_attn, self.mlp]
         return {name: x for part in parts for name, x in vars(part).items() if isinstance(x, Linear)}
 
-    def __call__(self, x, mask, cos, sin, look: Look, read: Read = lambda x: x):
+    def __call__(self, x, mask, cos, sin, look: Look):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
-        y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look, read)
-        x = read(x) + _scattered(y)
+        y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look)
+        x = x + _scattered(y)
         y = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):  # which gathers tokens and rows at once
-            y, load = self.mlp(y, read(mask))
+            y, load = self.mlp(y, mask)
         else:
             y, load = _scattered(self.mlp(_gathered(y))), None
         return x + y, kept, load
+
+    def keys_values(self, x, cos, sin) -> tuple[jax.Array, jax.Array]:
+        """Those of its attention alone, each [N, B, T, K, D]."""
+        return self.self_attn.keys_values(_gathered(self.input_layernorm(x)), cos, sin)
 
 
 class Qwen3(nnx.Module):
@@ -149,7 +154,7 @@ class Qwen3(nnx.Module):
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        x, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
+        x, _, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
         return self.logits(x[:, 0])
 
     def extend(
@@ -159,11 +164,10 @@ class Qwen3(nnx.Module):
         mask,
         context: list[Segment] = (),
         remat: str = "none",
-        return_load: bool = False,
         owners: jax.Array | None = None,
-        reads: jax.Array | None = None,
+        states: bool = True,
     ):
-        """Runs tokens that continue a context: the one path of prefill, decode and training.
+        """Runs tokens that continue a context: the one path of prefill and training.
 
         Args:
           tokens: int [N, B, T], B branches of T tokens for each of N rows.
@@ -173,16 +177,13 @@ class Qwen3(nnx.Module):
             where the config has layers of sliding attention.
           remat: what the backward pass computes again of each layer instead of keeping it: "none"; "full",
             everything; "dots", all but the products with weights.
-          return_load: also return how the new tokens spread over the experts.
           owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
             sequences may so lie one behind the other in a branch. Splash wants one in each.
-          reads: int [N, R], among the B * T places of a row, those whose final state is wanted: the last
-            layer computes no others, beyond their keys and values. For a context that branches share, and
-            not for training.
+          states: false where keys and values are all that is wanted: the last layer computes nothing else.
         Returns:
-          Final hidden states after the last norm [N, B, T, hidden], or [N, R, hidden] where read, and the
-          new tokens' keys and values, each [layers, N, K, B, T, D]; on request the `Load` of all layers
-          together, None without experts.
+          Final hidden states after the last norm [N, B, T, hidden], or None; the new tokens' keys and values,
+          each [layers, N, K, B, T, D]; how the new tokens spread over the experts, the `Load` of all layers
+          together, None without experts (and of no use without `states`).
         Raises:
           InputError: a context without `positions` for layers of sliding attention.
         """
@@ -200,65 +201,56 @@ class Qwen3(nnx.Module):
             own_mask = own_mask & (steps[:, None] >= steps[None, :])
             if owners is not None:
                 own_mask &= owners[..., :, None] == owners[..., None, :]
-        whole = _View(lambda x: x, positions, positions, own_mask, partial(attend_causal, kernel=kernel))
-        some = None if reads is None else _view_of_some(reads, positions, mask, owners)
 
-        def run(carry, layers: Layer, of_kind: slice, of_all: slice):
+        def run(x, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""
             graphdef, stacked = nnx.split(layers)
 
-            def body(carry, layer_inputs):
+            def body(x, layer_inputs):
                 weights, keys_values, window, is_last = layer_inputs
 
-                def through(x, view: _View):
+                def look(q, k, v):
+                    k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
                     segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
-                    allowed = view.own_mask
+                    allowed = own_mask
                     if window is not None:
-                        see = partial(near, view.queries, window=window)
+                        see = partial(near, positions, window=window)
                         segments = [s._replace(mask=s.mask & see(s.positions)) for s in segments]
-                        allowed = allowed & see(view.keys)
+                        allowed = allowed & see(positions)
+                    return attend_causal(q, segments, Segment(k, v, allowed), kernel=kernel), (k, v)
 
-                    def look(q, k, v):
-                        k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-                        own = (y.reshape(*y.shape[:2], *view.keys.shape[1:], -1) for y in (k, v))
-                        return view.attend(q, segments, Segment(*own, allowed)), (k, v)
+                layer = nnx.merge(graphdef, weights)
 
-                    x, *new = nnx.merge(graphdef, weights)(x, mask, cos, sin, look, view.read)
-                    return constrain(x, *_CUT), new
+                def whole(x):
+                    x, kv, load = layer(x, mask, cos, sin, look)
+                    return constrain(x, *_CUT), kv, load
 
-                def every(x, state):
-                    x, new = through(x, whole)
-                    return (x, state), new
+                def keys_values_alone(x):
+                    kv = tuple(y.transpose(0, 3, 1, 2, 4) for y in layer.keys_values(x, cos, sin))
+                    nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(whole, x)[2])
+                    return x, kv, nothing
 
-                def last(x, _):
-                    state, new = through(x, some)
-                    return (x, state), new
-
-                if some is None:
-                    return every(*carry)
-                carry, (new, load) = jax.lax.cond(is_last, last, every, *carry)
+                if states:
+                    x, *new = whole(x)
+                    return x, new
+                x, kv, load = jax.lax.cond(is_last, keys_values_alone, whole, x)
                 # Of what a condition gives back, a GPU's compiler would else gather all rows.
-                return carry, ([constrain(y, "batch", "kv_heads", None, None, None) for y in new], load)
+                return x, [tuple(constrain(y, "batch", "kv_heads", None, None, None) for y in kv), load]
 
             if remat != "none":
                 body = jax.checkpoint(body, policy=_SAVED[remat])
-            is_last = None if some is None else jnp.arange(c.num_hidden_layers) == c.num_hidden_layers - 1
-            of_each = _part(([(s.k, s.v) for s in context], c.windows, is_last), of_all)
-            return jax.lax.scan(body, carry, (_part(stacked, of_kind), *of_each))
+            is_last = None if states else jnp.arange(c.num_hidden_layers) == c.num_hidden_layers - 1
+            of_each = take_layers(([(s.k, s.v) for s in context], c.windows, is_last), of_all)
+            return jax.lax.scan(body, x, (take_layers(stacked, of_kind), *of_each))
 
-        carry = x, None if some is None else jnp.zeros_like(some.read(x))
         keys_values, loads = [], []
-        for experts, of_kind, of_all in _runs(c.has_experts):
-            carry, (kv, load) = run(carry, self.moe_layers if experts else self.layers, of_kind, of_all)
+        for experts, of_kind, of_all in layer_runs(c.has_experts):
+            x, (kv, load) = run(x, self.moe_layers if experts else self.layers, of_kind, of_all)
             keys_values.append(kv)
             loads += [load] if experts else []
         kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *keys_values)
-        x, state = carry
-        hidden = _gathered(self.norm(x)) if some is None else _gathered(self.norm(state))[:, 0]
-        if not return_load:
-            return hidden, kv
         load = jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *loads) if loads else None
-        return hidden, kv, load
+        return _gathered(self.norm(x)) if states else None, kv, load
 
     @property
     def head(self) -> jax.Array:
@@ -288,43 +280,7 @@ def _scattered(x: jax.Array) -> jax.Array:
     return constrain(constrain(x, *_WHOLE), *_CUT)
 
 
-class _View(NamedTuple):
-    """Which tokens a layer computes, and what they see.
-
-    Attributes:
-      read: takes them from all.
-      queries: their positions, int [N, B, T].
-      keys: positions of all new tokens, int [N, B, T], in the branches in which queries meet their keys.
-      own_mask: bool [N, B, T, T] (for splash [N, B, 1, T]), which new tokens each of them sees.
-      attend: from queries, context and the new tokens to what `Look` returns.
-    """
-
-    read: Read
-    queries: jax.Array
-    keys: jax.Array
-    own_mask: jax.Array
-    attend: Callable[[jax.Array, list[Segment], Segment], jax.Array]
-
-
-def _view_of_some(reads: jax.Array, positions: jax.Array, mask: jax.Array, owners: jax.Array | None) -> _View:
-    """The tokens at `reads` [N, R] of all [N, B, T]: R queries of one branch that holds all new tokens."""
-    n, b, t = positions.shape
-    branch, step = (x[..., None, None] for x in jnp.divmod(reads, t))
-
-    def read(x):
-        flat = x.reshape(n, b * t, *x.shape[3:])
-        return jnp.take_along_axis(flat, jnp.expand_dims(reads, range(2, flat.ndim)), axis=1)[:, None]
-
-    seen = mask[:, None] & (jnp.arange(b)[:, None] == branch) & (jnp.arange(t) <= step)  # [N, R, B, T]
-    if owners is not None:
-        seen &= owners[:, None] == read(owners)[:, 0, :, None, None]
-    return _View(
-        read, read(positions), positions.reshape(n, 1, -1), seen.reshape(n, 1, -1, b * t),
-        lambda q, context, own: attend(q, [*context, own]),
-    )  # fmt: skip
-
-
-def _runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:
+def layer_runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:
     """Runs of equal layers, in order: whether of experts; which of their kind, and of all, they are."""
     seen = {False: 0, True: 0}
     for experts, layers in itertools.groupby(has_experts):
@@ -333,6 +289,6 @@ def _runs(has_experts: Sequence[bool]) -> Iterator[tuple[bool, slice, slice]]:
         seen[experts] += size
 
 
-def _part(stacks: Any, rows: slice) -> Any:
+def take_layers(stacks: Any, rows: slice) -> Any:
     """The given rows of all arrays of a tree; a stack that is wanted whole is not copied."""
     return jax.tree.map(lambda x: x if rows == slice(0, len(x)) else x[rows], stacks)

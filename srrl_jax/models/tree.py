@@ -28,9 +28,9 @@ class LaneBatch(NamedTuple):
 
     Short branches so share a lane with others, and little is padded to the longest of them.
 
-    Shapes: `prefix` int32 [N, P], `prefix_lengths` int32 [N] (at least 1), `lanes` int32 [N, J, L], `owners`
-    int32 [N, J, L], the branch of each place (-1: none), `first` int32 [N, B], the place of a branch's first
-    token among all J * L, `branch_lengths` int32 [N, B].
+    Shapes: `prefix` int32 [N, P], `prefix_lengths` int32 [N], `lanes` int32 [N, J, L], `owners` int32
+    [N, J, L], the branch of each place (-1: none), `first` int32 [N, B], the place of a branch's first token
+    among all J * L, `lengths` int32 [N, B], of its tokens there.
     """
 
     prefix: jax.Array
@@ -38,7 +38,7 @@ class LaneBatch(NamedTuple):
     lanes: jax.Array
     owners: jax.Array
     first: jax.Array
-    branch_lengths: jax.Array
+    lengths: jax.Array
 
 
 def _within(lengths: jax.Array, size: int) -> jax.Array:
@@ -46,54 +46,39 @@ def _within(lengths: jax.Array, size: int) -> jax.Array:
     return jnp.arange(size) < lengths[..., None]
 
 
-def _start(trunk: Segment | None) -> int:
-    """Position of a prefix's first token."""
-    return 0 if trunk is None else trunk.k.shape[-2]
-
-
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [N, B, T, D], index [N, B] -> [N, B, D]."""
     return jnp.take_along_axis(x, index[..., None, None], axis=2)[:, :, 0]
 
 
-def extend_trunk(model: Qwen3, tokens: jax.Array) -> Segment:
-    """The keys and values of tokens int32 [T] that every prefix continues."""
+def extend_shared(model: Qwen3, tokens: jax.Array) -> Segment:
+    """The keys and values of tokens int32 [T] that every prefix begins with."""
     positions = jnp.arange(tokens.size)[None, None]
     mask = jnp.ones(positions.shape, bool)
-    _, (k, v) = model.extend(tokens[None, None], positions, mask, reads=jnp.zeros((1, 1), jnp.int32))
+    _, (k, v), _ = model.extend(tokens[None, None], positions, mask, states=False)
     return Segment(k, v, mask[:, :, None], positions)
 
 
-def extend_prefix(
-    model: Qwen3,
-    tree: TreeBatch | LaneBatch,
-    remat: str = "none",
-    trunk: Segment | None = None,
-    trains: bool = True,
-):
-    """Computes each prefix once, on top of the trunk if there is one.
-
-    Without `trains` the last layer computes one state a prefix, so it counts no load of the others.
+def extend_prefix(model: Qwen3, tree: TreeBatch, remat: str = "none"):
+    """Computes each prefix once.
 
     Returns:
       The last hidden state [N, hidden], what its branches attend to, and the experts' load.
     """
+    hidden, segment, load = _prefix(model, tree, None, remat, states=True)
+    return _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0], segment, load
+
+
+def _prefix(model: Qwen3, tree, shared: Segment | None, remat: str, states: bool):
     n, p = tree.prefix.shape
     mask = _within(tree.prefix_lengths, p)[:, None]
-    positions = jnp.broadcast_to(_start(trunk) + jnp.arange(p), (n, 1, p))
-    context = [] if trunk is None else [trunk]
-    ends = tree.prefix_lengths[:, None] - 1
+    start = 0 if shared is None else shared.k.shape[-2]
+    positions = jnp.broadcast_to(start + jnp.arange(p), (n, 1, p))
+    context = [] if shared is None else [shared]
     hidden, (k, v), load = model.extend(
-        tree.prefix[:, None],
-        positions,
-        mask,
-        context,
-        remat=remat,
-        return_load=True,
-        reads=None if trains else ends,
+        tree.prefix[:, None], positions, mask, context, remat=remat, states=states
     )
-    last = (_at(hidden, ends) if trains else hidden)[:, 0]
-    return last, Segment(k, v, mask[:, :, None], positions), load
+    return hidden, Segment(k, v, mask[:, :, None], positions), load
 
 
 def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: str = "none"):
@@ -106,32 +91,40 @@ def extend_branches(model: Qwen3, tree: TreeBatch, context: Segment, remat: str 
     mask = _within(tree.branch_lengths, size)
     positions = tree.prefix_lengths[:, None, None] + jnp.arange(size)
     positions = jnp.broadcast_to(positions, tree.branches.shape)
-    hidden, (k, v), load = model.extend(
-        tree.branches, positions, mask, [context], remat=remat, return_load=True
-    )
+    hidden, (k, v), load = model.extend(tree.branches, positions, mask, [context], remat=remat)
     return hidden, Segment(k, v, mask[:, :, None], positions), load
 
 
-def last_states(model: Qwen3, tree: LaneBatch, trunk: Segment | None = None):
-    """Prefill: the state [N, B, hidden] that predicts each branch's next token, and both K/V segments.
+def prefill(
+    model: Qwen3, batch: LaneBatch, shared: Segment | None = None, states: bool = False
+) -> tuple[Segment, Segment | None, jax.Array | None]:
+    """Computes prefixes, on top of what all of them begin with, and the lanes on top of them.
 
-    The branches' segment is that of their lanes. Empty branches (a rollout) take their prefix's last state;
-    without any lane the second segment is None.
+    Returns:
+      Keys and values of the prefixes, and of the lanes (None without any); with `states` the final hidden
+      state [N, B, hidden] of each branch's last token in its lane, of its prefix where it has none there.
     """
-    last, prefix, _ = extend_prefix(model, tree, trunk=trunk, trains=False)
-    (n, b), hidden = tree.branch_lengths.shape, last.shape[-1]
-    last = jnp.broadcast_to(last[:, None], (n, b, hidden))
-    if tree.lanes.size == 0:
-        return last, prefix, None
-    real = tree.owners >= 0
-    flat = jnp.arange(tree.lanes[0].size).reshape(tree.lanes.shape[1:])
-    begin = jnp.take_along_axis(tree.first, jnp.maximum(tree.owners, 0).reshape(n, -1), axis=1)
-    positions = _start(trunk) + tree.prefix_lengths[:, None, None] + flat - begin.reshape(tree.lanes.shape)
-    context = [prefix] if trunk is None else [trunk, prefix]
-    ends = tree.first + jnp.maximum(tree.branch_lengths - 1, 0)
-    own, (k, v) = model.extend(tree.lanes, positions, real, context, owners=tree.owners, reads=ends)
-    lanes = Segment(k, v, real[:, :, None], positions)
-    return jnp.where(tree.branch_lengths[..., None] > 0, own, last), prefix, lanes
+    hidden, prefix, _ = _prefix(model, batch, shared, "none", states)
+    (n, b), last = batch.lengths.shape, None
+    if states:
+        last = _at(hidden, jnp.maximum(batch.prefix_lengths - 1, 0)[:, None])
+        last = jnp.broadcast_to(last, (n, b, last.shape[-1]))
+    if batch.lanes.size == 0:
+        return prefix, None, last
+    real = batch.owners >= 0
+    place = jnp.arange(batch.lanes[0].size).reshape(batch.lanes.shape[1:])
+    begin = jnp.take_along_axis(batch.first, jnp.maximum(batch.owners, 0).reshape(n, -1), axis=1)
+    start = 0 if shared is None else shared.k.shape[-2]
+    positions = start + batch.prefix_lengths[:, None, None] + place - begin.reshape(batch.lanes.shape)
+    context = [prefix] if shared is None else [shared, prefix]
+    hidden, (k, v), _ = model.extend(
+        batch.lanes, positions, real, context, owners=batch.owners, states=states
+    )
+    if states:
+        ends = batch.first + jnp.maximum(batch.lengths - 1, 0)
+        own = jnp.take_along_axis(hidden.reshape(n, -1, hidden.shape[-1]), ends[..., None], axis=1)
+        last = jnp.where(batch.lengths[..., None] > 0, own, last)
+    return prefix, Segment(k, v, real[:, :, None], positions), last
 
 
 def branch_logprobs(

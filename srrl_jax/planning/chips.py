@@ -49,7 +49,7 @@ class Topology:
 
     @property
     def compiles(self) -> bool:
-        """Whether programs are compiled for it; without JAX's CUDA plugin all of a GPU's is by formula."""
+        """Whether the compiler for it is here: for GPUs JAX's CUDA plugin."""
         return self.kind != "h100" or any(importlib.util.find_spec(name) for name in _CUDA_PLUGINS)
 
     @property
@@ -85,8 +85,10 @@ class Topology:
         Raises:
           InputError: the compiler is not installed, or does not know the shape.
         """
-        if self.kind == "cpu" or not self.compiles:  # for a formula only shapes and placements are wanted
+        if self.kind == "cpu":
             return _virtual(self.size)
+        if not self.compiles:
+            raise InputError("srrl plan for a GPU needs JAX's CUDA plugin: pip install 'srrl-jax[plan-gpu]'")
         if self.kind == "h100":
             nodes = self.size // self.island
             options = {"target_config": _H100.read_text(), "topology": f"1x{nodes}x{self.island}"}

@@ -5,7 +5,6 @@ import json
 import jax
 from rich.console import Console
 
-from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.plan import Assumptions, make_plan
 from srrl_jax.planning.table import render
@@ -18,11 +17,9 @@ def run_plan(
     topology: Topology,
     *,
     as_json: bool,
-    cached: bool,
     completion: float | None,
     verdict: float | None,
-    criteria: float,
-    tries: float,
+    **others: float,
 ) -> bool:
     """Prints the plan of a recipe; whether it fits. See `Assumptions` for the means.
 
@@ -35,14 +32,12 @@ def run_plan(
     assumptions = Assumptions(
         completion or config.rollout.max_new_tokens / 2,
         verdict or config.grading.max_new_tokens / 2,
-        criteria,
-        tries,
+        **others,
     )
-    cache = Cache.default() if cached else Cache(None)
     progress = Console(stderr=True)
     with progress.status("planning") as status:
         show = status.update if progress.is_terminal else progress.print
-        plan = make_plan(config, topology, assumptions, cache, lambda name: show(f"compiling {name}"))
+        plan = make_plan(config, topology, assumptions, lambda name: show(f"compiling {name}"))
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1))
     else:

@@ -3,28 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 
-from srrl_jax.grading import Grader
 from srrl_jax.models import Qwen3Config, counts
 from srrl_jax.models.attention import BLOCK
 from srrl_jax.models.counts import Tree, Work
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.weights import read_config
 from srrl_jax.parallel import computing
-from srrl_jax.planning import programs
-from srrl_jax.planning.cache import Cache
 from srrl_jax.planning.chips import Topology
-from srrl_jax.planning.formula import estimate
 from srrl_jax.planning.programs import Compiled, Compiler, DoesNotFit, Setup
-from srrl_jax.sampling.buckets import fit
-from srrl_jax.sampling.memory import default_budget
+from srrl_jax.sampling import RowLengths
+from srrl_jax.sampling.shapes import default_budget
 from srrl_jax.training.config import TrainConfig
-
-SAMPLERS = {"rollout": "rollout", "grade": "grading"}  # groups of programs that sample, and their key
+from srrl_jax.training.shapes import RunLengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +29,41 @@ class Assumptions:
       completion, verdict: tokens of a completion, and of a reply of the grader.
       criteria: of a response.
       tries: replies that a criterion takes.
+      longest_prompt, longest_criterion, most_criteria: of all rows; those of HealthBench, rounded up.
     """
 
     completion: float
     verdict: float
     criteria: float = 12.0
     tries: float = 1.0
+    longest_prompt: int = 4096
+    longest_criterion: int = 256
+    most_criteria: int = 48
+
+    def lengths(self, config: TrainConfig, positions: int) -> RunLengths:
+        """Of a usual and of the longest row, of which a model of few positions takes less."""
+        r, g = config.rollout, config.grading
+        longest_criterion, instructions = (
+            min(self.longest_criterion, positions // 4),
+            min(256, positions // 8),
+        )
+        room = positions - r.max_new_tokens - g.max_new_tokens - longest_criterion - instructions
+        longest = min(r.max_prompt_tokens or self.longest_prompt, max(room, 1))
+        prompts = [max(1, longest // 8), longest]
+        criterion = longest_criterion // 4
+        asked = [[criterion] * math.ceil(self.criteria), [criterion] * (self.most_criteria - 1)]
+        asked[1].append(longest_criterion)
+        if g.together:
+            asked = [[sum(criteria)] for criteria in asked]
+        votes = g.votes if g.verdict == "generate" else 1
+        return RunLengths(
+            [RowLengths(prompt, [0] * config.group_size) for prompt in prompts],
+            [
+                RowLengths(instructions + prompt, criteria * votes)
+                for prompt, criteria in zip(prompts, asked, strict=True)
+            ],
+            () if g.template == "healthbench" else (0,) * instructions,  # it puts its instructions last
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +81,6 @@ class Phase:
       network_bytes: of them, what leaves the slice, or the node of GPUs.
       predicted_s: the slowest of cores, HBM and links at their published peaks.
       runs: of it in a step, as assumed; not whole where most runs are on smaller shapes.
-      compiled: false where memory and collectives are by formula too.
       refusal: the compiler's words.
     """
 
@@ -75,19 +97,17 @@ class Phase:
     runs: float
     largest_array: str
     compile_s: float
-    compiled: bool
     refusal: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of a recipe on a topology; `notes` say where it is not as the recipe has it."""
+    """Of a recipe on a topology."""
 
     topology: Topology
     assumptions: Assumptions
     phases: list[Phase]
     steps: int
-    notes: list[str]
 
     @property
     def fits(self) -> bool:
@@ -120,7 +140,6 @@ class Plan:
             "devices": self.topology.size,
             "fits": self.fits,
             "free_hbm": self.free,
-            "notes": self.notes,
             "assumptions": dataclasses.asdict(self.assumptions),
             "phases": {p.name: {k: v for k, v in vars(p).items() if k != "name"} for p in self.phases},
             "step": {"predicted_s": self.step_s},
@@ -138,62 +157,34 @@ def make_plan(
     config: TrainConfig,
     topology: Topology,
     assumptions: Assumptions,
-    cache: Cache,
     on_start: Callable[[str], None] = lambda name: None,
 ) -> Plan:
-    """Compiles what training would run, where there is a compiler for it, and puts figures to it.
+    """Compiles what training would run, and puts figures to it.
 
     Raises:
-      InputError: mesh or buckets do not go with the topology or the model, or its compiler is missing.
+      InputError: the mesh does not go with the topology or the model, not one row fits the samplers' memory,
+        or the compiler is missing.
     """
     config = _on_the_chip(config, topology)
     if topology.slices > 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
-    setup = Setup.of(config, model_config(config.model), topology.devices())
-    if not topology.compiles:
-        setup.rollout.has_scores = setup.grading.has_scores = False  # the formula is of fused attention
+    sizes = model_config(config.model)
+    lengths = assumptions.lengths(config, sizes.max_position_embeddings)
+    setup = Setup.of(config, sizes, topology.devices(), lengths, topology.chip.hbm)
     phases = []
     with computing(setup.mesh, config.dtype, config.matmul_precision):
-        for name, group in _groups(config).items():
-            trees = _trees(name, setup)
-            refusal = setup.table(name)[1] if name in SAMPLERS else ""
-            if refusal:
-                found = [Compiled(f"{name}/prefill", None, 0, {}, 0.0, "", 0.0, refusal)]
-            elif topology.compiles:
-                compiler = Compiler(name, topology.island, on_start)
-                found = cache.get(name, config, topology, partial(_compile, compiler, group, setup))
-            else:
-                found = estimate(name, setup, trees, topology.island)
-            phases += [_phase(compiled, trees, setup, topology, assumptions) for compiled in found]
-    return Plan(topology, assumptions, phases, config.steps, _fewer_rows(setup))
+        for group in _groups(config):
+            compiler = Compiler(group, topology.island, on_start)
+            _compile(compiler, setup)
+            phases += [_phase(compiled, setup, topology, assumptions) for compiled in compiler.found]
+    return Plan(topology, assumptions, phases, config.steps)
 
 
-def _fewer_rows(setup: Setup) -> list[str]:
-    """Where the samplers' memory does not hold as many rows as the recipe says."""
-    notes = []
-    for name, key in SAMPLERS.items():
-        sampler, rows = setup.sampler(name), setup.table(name)[0].rows[-1]
-        if rows < sampler.buckets.rows[-1]:
-            notes.append(
-                f"{key}.rows: {rows} of the longest run at a time, not {sampler.buckets.rows[-1]}, for "
-                f"{key}.memory_gb is {sampler.budget / 1e9:.3g}"
-            )
-    return notes
-
-
-def _groups(config: TrainConfig) -> dict[str, Callable[[Compiler, Setup], None]]:
+def _groups(config: TrainConfig) -> list[str]:
     """The programs of a step by what they are for."""
-    rows = config.prompts_per_step
-    groups = {"rollout": partial(programs.sampling, count=rows)}
-    if config.judge in ("teacher", "own") and config.data.eval is None:
-        pass  # the devices never grade
-    elif config.grading.verdict == "generate":
-        groups["grade"] = partial(programs.sampling, count=rows * config.group_size)
-    else:
-        groups["grade"] = programs.verdicts
-    if config.kl_coef > 0 or config.loss.importance_cap is not None:
-        groups["logprob"] = programs.logprobs
-    return groups | {"update": programs.update}
+    graded = config.judge in ("policy", "frozen") or config.data.eval is not None
+    scored = config.kl_coef > 0 or config.loss.importance_cap is not None
+    return ["rollout", *["grade"] * graded, *["logprob"] * scored, "update"]
 
 
 def _on_the_chip(config: TrainConfig, topology: Topology) -> TrainConfig:
@@ -202,42 +193,40 @@ def _on_the_chip(config: TrainConfig, topology: Topology) -> TrainConfig:
     r, g = config.rollout, config.grading
     return dataclasses.replace(
         config,
-        attention=config.attention if topology.compiles else "auto",
         rollout=dataclasses.replace(r, memory_gb=r.memory_gb or half),
         grading=dataclasses.replace(g, memory_gb=g.memory_gb or half),
     )
 
 
-def _compile(compiler: Compiler, group, setup: Setup) -> list[Compiled]:
+def _compile(compiler: Compiler, setup: Setup) -> None:
     try:
-        group(compiler, setup)
+        for program, held in setup.programs(compiler.group).values():
+            compiler(program, held)
     except DoesNotFit:
         pass  # what was found says so
-    return compiler.found
 
 
-def _trees(name: str, setup: Setup) -> dict[str, Tree]:
-    """The largest batch of each program of a group."""
+def _tree(group: str, program: str, setup: Setup) -> Tree:
+    """The largest batch of a program."""
     c = setup.config
-    if name in SAMPLERS:
-        sampler, (b, _) = setup.sampler(name), setup.table(name)
-        rows, prefix, fan_out = b.rows[-1], b.prefix[-1], b.fan_out[-1]
-        given = Tree(rows, prefix, fan_out, b.branch[-1])
-        full = Tree(rows, prefix, fan_out, b.branch[-1] + sampler.new_tokens)
-        names = dict.fromkeys(("unstack", "prefill", "admit", "next_logprobs"), given)
-        return names | dict.fromkeys(("empty", "resize", "decode"), full)
-    tree = Tree(c.optimizer.microbatch, c.rollout.prompt_buckets[-1], c.group_size, c.rollout.max_new_tokens)
-    return {"completion_logprobs" if name == "logprob" else "update": tree}
+    if group in ("logprob", "update"):
+        return Tree(setup.shapes.microbatch, setup.shapes.prompt, c.group_size, setup.shapes.completions[-1])
+    sampler = setup.sampler(group)
+    shapes, largest = sampler.shapes, sampler.shapes.prefill[-1]
+    if program in ("prefill", "score"):
+        return Tree(largest.rows, largest.prefix, largest.lanes, largest.lane)
+    if program == "shared prefix":
+        return Tree(1, len(sampler.shared), 0, 0)
+    return Tree(shapes.slots // shapes.fan_out, shapes.prefix, shapes.fan_out, shapes.own)
 
 
-def _phase(
-    compiled: Compiled, trees: dict[str, Tree], setup: Setup, topology: Topology, assumptions: Assumptions
-) -> Phase:
+def _phase(compiled: Compiled, setup: Setup, topology: Topology, assumptions: Assumptions) -> Phase:
     group, program = compiled.name.split("/")
-    work = _work(group, program, trees[program], setup)
+    tree = _tree(group, program, setup)
+    work = _work(group, program, tree, setup)
     shared = setup.mesh.shape["tensor"] * setup.mesh.shape["expert"]
     flops, traffic = work.flops / topology.size, work.traffic / topology.size + work.weights / shared
-    chip, tree = topology.chip, trees[program]
+    chip = topology.chip
     sent = sum(compiled.collective_bytes.values()) / chip.links + compiled.network_bytes / chip.network
     return Phase(
         name=compiled.name,
@@ -253,7 +242,6 @@ def _phase(
         runs=_runs(group, program, setup, assumptions),
         largest_array=compiled.largest,
         compile_s=compiled.seconds,
-        compiled=topology.compiles,
         refusal=compiled.refusal,
     )
 
@@ -267,19 +255,17 @@ def _work(group: str, program: str, tree: Tree, setup: Setup) -> Work:
     caches = tree.tokens * counts.cache_bytes(c, width)
     positions = tree.n * tree.b * tree.l * setup.microbatches
     match program:
-        case "unstack":
+        case "relayout":
             return Work(0, 4 * counts.parameters(c), counts.parameters(c) * width)
-        case "empty":
+        case "empty caches":
             return Work(0, caches, 0)
-        case "resize" | "admit":
-            return Work(0, 2 * caches, 0)
-        case "prefill":
+        case "shared prefix" | "prefill":
             return counts.forward(c, tree, width, causal)
-        case "next_logprobs":
+        case "score":
             return counts.forward(c, tree, width, causal) + counts.head(c, tree.n * tree.b, width)
         case "decode":
             return counts.decode_step(c, tree, width).times(setup.sampler(group).chunk)
-        case "completion_logprobs":
+        case "log-probabilities":
             layers = counts.forward(c, tree, width, causal).times(setup.microbatches)
             return layers + counts.head(c, positions, width)._replace(traffic=0)
         case "update":
@@ -298,23 +284,22 @@ def _runs(group: str, program: str, setup: Setup, a: Assumptions) -> float:
         return 0  # held-out rows alone are graded here
     if group == "logprob":
         return c.optimizer.minibatches * ((c.kl_coef > 0) + (c.loss.importance_cap is not None))
-    sampler, (buckets, _), rollout = setup.sampler(group), setup.table(group), group == "rollout"
-    waves = math.ceil(c.prompts_per_step * (1 if rollout else c.group_size) / buckets.rows[-1])
+    sampler, rollout = setup.sampler(group), group == "rollout"
+    shapes, rows = sampler.shapes, c.prompts_per_step * (1 if rollout else c.group_size)
     size, mean = 1.0, a.completion
-    if not rollout:  # most responses run in the bucket that the mean number of criteria falls into
-        table, g = buckets.fan_out, c.grading
-        (branches,) = Grader.fan_out([math.ceil(a.criteria)], g.verdict, g.votes, g.together)
-        size = fit(min(branches, table[-1]), table, "--criteria") / table[-1]
-        waves, mean = math.ceil(waves * a.tries), a.verdict
+    if not rollout:  # most responses have the mean number of criteria
+        g = c.grading
+        votes = g.votes if g.verdict == "generate" else 1
+        size = 1.0 if g.together else min(1.0, math.ceil(a.criteria) * votes / shapes.fan_out)
+        rows, mean = math.ceil(rows * a.tries), a.verdict
     match program:
-        case "unstack":  # the policy moves once for both
+        case "relayout":  # the policy moves once for both
             alike = (c.rollout.int8 == "none") == (c.grading.int8 == "none")
             return 0 if not rollout and c.grader == "policy" and alike else 1
-        case "empty":
+        case "empty caches" | "shared prefix":
             return 1
-        case "prefill" | "admit" | "next_logprobs":
-            return waves * size
-        case "resize":  # widths double
-            return math.log2(max(2, sampler.new_tokens / sampler.chunk))
+        case "prefill" | "score":
+            return math.ceil(rows * size / shapes.prefill[-1].rows)
     # Slots fill again as branches end; only the last ones run to the limit while others stay empty.
-    return ((waves - 1) * mean + sampler.new_tokens) * size / sampler.chunk
+    waves = math.ceil(rows * size * shapes.fan_out / shapes.slots)
+    return ((waves - 1) * mean + sampler.new_tokens) / sampler.chunk

@@ -1,6 +1,5 @@
 """The programs that training runs, compiled for devices that need not be there."""
 
-import dataclasses
 import math
 import sys
 import time
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -17,19 +15,15 @@ from jax.sharding import PartitionSpec as P
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
-from srrl_jax.parallel import ROLLOUT_RULES, batch_sharding, make_mesh, shardings
+from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
-from srrl_jax.sampling import Buckets, Completion, Sampler
-from srrl_jax.sampling.buckets import Lengths, Wave
-from srrl_jax.sampling.decode import Running, admit, decode, empty, prefill, resize
-from srrl_jax.sampling.sampler import Plan, pack, unstack
-from srrl_jax.sampling.schedule import Schedule
-from srrl_jax.sampling.score import next_logprobs
-from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
+from srrl_jax.programs import Program
+from srrl_jax.sampling import Sampler
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
-from srrl_jax.training.learner import network
-from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_update
+from srrl_jax.training.learner import minibatch_shapes, network, update_programs
+from srrl_jax.training.shapes import RunLengths, UpdateShapes, plan_update
+from srrl_jax.training.update import NOTHING, make_optimizer, make_update
 
 
 class Compiled(NamedTuple):
@@ -63,6 +57,7 @@ class Setup(NamedTuple):
 
     Attributes:
       learnt, base: the weights that updates change (with LoRA the adapters), and those beside them.
+      shapes: of updates.
     """
 
     config: TrainConfig
@@ -73,20 +68,34 @@ class Setup(NamedTuple):
     opt_state: Any
     rollout: Sampler
     grading: Sampler
+    shapes: UpdateShapes
 
     @classmethod
-    def of(cls, config: TrainConfig, model_config: Qwen3Config, devices: list) -> "Setup":
+    def of(
+        cls,
+        config: TrainConfig,
+        model_config: Qwen3Config,
+        devices: list,
+        lengths: RunLengths,
+        memory: int | None = None,
+    ) -> "Setup":
         """Of a recipe on `devices`.
 
+        Args:
+          lengths: of the rows to come.
+          memory: bytes of a device.
         Raises:
-          InputError: mesh, buckets, microbatch, attention or adapters do not go with them or the model.
+          InputError: mesh, microbatch, attention or adapters do not go with them or the model, or not one
+            row fits the samplers' memory.
         """
         mesh = make_mesh(config.mesh, devices)
-        check_microbatch(config, mesh)
         whole = NamedSharding(mesh, P())
         with jax.set_mesh(mesh):
+            shapes = plan_update(config, model_config, lengths.longest_prompt, mesh, memory)
             model = network(config, model_config)
-            rollout, grading = samplers(model, config, mesh, stop_ids=(0, 1), allowed=model_config.vocab_size)
+            rollout, grading = samplers(
+                model, config, mesh, lengths, stop_ids=(0, 1), allowed=model_config.vocab_size
+            )
         _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
         state, base = (adapters, weights) if config.lora.rank else (weights, NOTHING)
         optimizer = make_optimizer(config.optimizer)
@@ -98,26 +107,12 @@ class Setup(NamedTuple):
             learnt,
             transform_non_params=lambda x: _shaped(x, whole),
         )
-        return cls(config, mesh, model, learnt, base, opt_state, rollout, grading)
-
-    @property
-    def graphdef(self) -> nnx.GraphDef:
-        return nnx.graphdef(self.model)
+        return cls(config, mesh, model, learnt, base, opt_state, rollout, grading, shapes)
 
     @property
     def params(self) -> Any:
         """All weights of the policy."""
         return nnx.merge_state(self.learnt, self.base)
-
-    def table(self, group: str) -> tuple[Buckets, str]:
-        """Buckets of "rollout" or "grade" with those sizes of `rows` that the sampler's memory holds of the
-        longest rows; and what it says where it holds not one of them."""
-        sampler = self.sampler(group)
-        b = sampler.buckets
-        try:
-            return sampler.plan([[0] * b.prefix[-1]], [[[0] * b.branch[-1]] * b.fan_out[-1]]).buckets, ""
-        except InputError as error:
-            return dataclasses.replace(b, rows=b.rows[:1]), str(error)
 
     def beside(self, group: str) -> tuple:
         """What is learnt or its start, whichever a group of programs does not run on: the devices hold it
@@ -125,12 +120,6 @@ class Setup(NamedTuple):
         c = self.config
         brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
         return (self.learnt,) if c.needs_frozen and (c.reference == "device" or brought) else ()
-
-    @property
-    def decoding(self) -> Any:
-        """The weights in the layout that rollouts decode with."""
-        shapes = self.rollout.decoding
-        return _placed(shapes, shardings(shapes, self.mesh, ROLLOUT_RULES))
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""
@@ -140,7 +129,38 @@ class Setup(NamedTuple):
     def microbatches(self) -> int:
         """Of a minibatch."""
         o = self.config.optimizer
-        return self.config.prompts_per_step // (o.minibatches * o.microbatch)
+        return self.config.prompts_per_step // (o.minibatches * self.shapes.microbatch)
+
+    def programs(self, group: str) -> dict[str, tuple[Program, tuple]]:
+        """The largest program of each kind of "rollout", "grade", "logprob" or "update", and what lies on the
+        devices beside its arguments. Under `jax.set_mesh` of the mesh."""
+        if group in ("rollout", "grade"):
+            sampler = self.sampler(group)
+            scores = group == "grade" and self.config.grading.verdict != "generate"
+            weights = {"params": self.params, "decoding": sampler.decoding}
+            rest = (self.opt_state, *self.beside(group))
+            if group == "grade" and sampler.int8_weights != self.rollout.int8_weights:
+                rest = (*rest, self.rollout.decoding)  # of other types, so the grader's lie beside them
+            first = {"decode": "decoding", "empty caches": ""}
+
+            def held(program: Program) -> tuple:
+                taken = {first.get(program.kind, "params")}
+                taken |= {"decoding"} if program.kind == "relayout" or scores else set()
+                return (*(part for name, part in weights.items() if name not in taken), *rest)
+
+            found = list(sampler.programs(self.params, scores))
+            if group == "grade" and sampler.int8_weights == self.rollout.int8_weights:
+                found = [program for program in found if program.kind != "relayout"]  # done for rollouts
+            return {program.kind: (program, held(program)) for program in found}
+        update = make_update(nnx.graphdef(self.model), self.config, make_optimizer(self.config.optimizer))
+        minibatches = minibatch_shapes(self.config, self.shapes, self.mesh)
+        state = self.learnt, self.opt_state
+        found = update_programs(
+            nnx.graphdef(self.model), update, self.config, minibatches, state, self.base, [self.params]
+        )
+        kind = "update" if group == "update" else "log-probabilities"
+        held = self.beside(group) if group == "update" else (self.opt_state, *self.beside(group))
+        return {program.kind: (program, held) for program in found if program.kind == kind}
 
 
 class Compiler:
@@ -164,8 +184,8 @@ class Compiler:
         self.texts: dict[str, str] = {}
         self.found: list[Compiled] = []
 
-    def __call__(self, program, *args, held: Any = (), **static):
-        """Shapes of the results of a jitted function, placed as the compiler places them.
+    def __call__(self, program: Program, held: Any = ()) -> Any:
+        """Shapes of the results of a program, placed as the compiler places them.
 
         Args:
           held: what lies on the devices beside its arguments.
@@ -174,11 +194,11 @@ class Compiler:
           DoesNotFit: for lack of memory; `found` holds the refusal.
           InputError: a library of the compiler is missing.
         """
-        name = f"{self.group}/{program.__name__}"
+        name = f"{self.group}/{program.kind}"
         self.on_start(name)
         start = time.perf_counter()
         try:
-            lowered = program.lower(*args, **static)
+            lowered = program.lower()
         except RuntimeError as error:
             if "cuDNN not found" not in str(error):
                 raise
@@ -212,100 +232,6 @@ class Compiler:
         return jax.tree.map(_shaped, lowered.out_info, compiled.output_shardings)
 
 
-def sampling(compiler: Compiler, setup: Setup, count: int) -> None:
-    """What `Sampler.generate` runs for `count` rows of the largest sizes, with the caches at their widest."""
-    sampler = setup.sampler(compiler.group)
-    (b, _), mesh = setup.table(compiler.group), setup.mesh
-    others = (setup.opt_state, *setup.beside(compiler.group))
-    row = [[0] * b.branch[-1]] * b.fan_out[-1]
-    lengths = Lengths([b.prefix[-1]] * count, [[b.branch[-1]] * b.fan_out[-1]] * count, sampler.apart)
-    plan = Plan([], [[0] * b.prefix[-1]] * count, lengths, b)
-    schedule = Schedule(lengths, b, sampler.new_tokens, sampler.shards)
-    options = dict(top_k=sampler.sampling.top_k, truncates=sampler.sampling.truncates)
-    rule, number = _everywhere(sampler.rule, mesh), _everywhere(np.int32(0), mesh)
-    key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-
-    replaces = None
-    if compiler.group == "grade" and sampler.int8_weights != setup.rollout.int8_weights:
-        others = (*others, setup.decoding)  # of other types, so the grader's lie beside them
-    elif compiler.group == "grade" and setup.config.frozen_grades:
-        replaces = setup.decoding
-    decoder = compiler(
-        unstack, sampler.graphdef, setup.params, replaces, mesh, sampler.int8_weights, held=others
-    )
-    wave = schedule.next_wave()
-    prefix, width, shift = schedule.sizes(wave)
-    running = compiler(
-        empty, key, sampler.config, sampler.dtype, sampler.int8_caches,
-        rows=schedule.row.size, cells=schedule.cells, slots=schedule.length.size,
-        shards=sampler.shards, prefix=prefix, width=width, held=(setup.params, decoder, others),
-    )  # fmt: skip
-    schedule.resized(prefix, width, shift)
-
-    tree, _ = pack(wave, plan, [row] * count, range(count))
-    tree = _on_mesh(tree, mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), tree.branch_lengths.shape))
-    widest = _wide(running, prefix, schedule.widths[-1])
-    arrived = compiler(prefill, sampler.graphdef, setup.params, tree, held=(decoder, widest, others))
-    places = _on_mesh(schedule.enter(wave), mesh)
-    held = (setup.params, others)
-    compiler(
-        admit, sampler.decoder, decoder, widest, *arrived, tree, _on_mesh(keys, mesh), places, rule,
-        **options, held=held,
-    )  # fmt: skip
-    if len(schedule.widths) > 1:
-        narrower = _wide(running, prefix, schedule.widths[-2])
-        compiler(resize, narrower, number, prefix=prefix, width=schedule.widths[-1], held=(decoder, *held))
-    compiler(
-        decode, sampler.decoder, decoder, widest, rule, number, chunk=schedule.chunk, **options, held=held
-    )
-
-
-def verdicts(compiler: Compiler, setup: Setup) -> None:
-    """The largest wave of verdicts that are read off the logits."""
-    b, _ = setup.table("grade")
-    wave = Wave((-1,) * b.rows[-1], b.prefix[-1], b.fan_out[-1], b.branch[-1], lanes=b.fan_out[-1])
-    tree, _ = pack(wave, Plan([], [], Lengths([], []), b), [], [])
-    compiler(
-        next_logprobs, setup.graphdef, setup.params, _on_mesh(tree, setup.mesh), np.zeros(2, np.int32),
-        held=(setup.opt_state, setup.decoding, *setup.beside("grade")),
-    )  # fmt: skip
-
-
-def largest_minibatch(setup: Setup) -> UpdateBatch:
-    """Shapes of a minibatch of the longest prompts and completions."""
-    c = setup.config
-    prompt = [0] * c.rollout.prompt_buckets[-1]
-    size = c.rollout.max_new_tokens
-    completion = Completion(np.zeros(size, np.int32), np.zeros(size, np.float32), True)
-    batch = pack_groups(
-        [prompt] * c.prompts_per_step,
-        [[completion] * c.group_size] * c.prompts_per_step,
-        np.ones((c.prompts_per_step, c.group_size), bool),
-        c.rollout.prompt_buckets,
-        c.rollout.completion_buckets,
-    )
-    return _on_mesh(split_batch(batch, c.optimizer.minibatches, c.optimizer.microbatch)[0], setup.mesh, 1)
-
-
-def logprobs(compiler: Compiler, setup: Setup) -> None:
-    """Log-probabilities of a minibatch under the reference, or the policy before its updates."""
-    temperature = setup.config.rollout.sampling.temperature
-    held = (setup.opt_state, *setup.beside("logprob"))
-    compiler(
-        completion_logprobs, setup.graphdef, setup.params, largest_minibatch(setup), temperature, held=held
-    )
-
-
-def update(compiler: Compiler, setup: Setup) -> None:
-    """One update by a minibatch."""
-    program = make_update(setup.graphdef, setup.config, make_optimizer(setup.config.optimizer))
-    compiler(
-        program, setup.learnt, setup.opt_state, largest_minibatch(setup), setup.base,
-        held=setup.beside("update"),
-    )  # fmt: skip
-
-
 def bytes_here(tree: Any) -> int:
     """Of a tree of shapes on one device."""
     return sum(
@@ -320,25 +246,8 @@ def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, s: x.replace(_shaped(x, s)), tree, places, is_leaf=is_leaf)
 
 
-def _on_mesh(arrays: Any, mesh: jax.sharding.Mesh, row_axis: int = 0) -> Any:
-    """What `place_batch` would make of them, in shapes."""
-    return jax.tree.map(lambda x: _shaped(x, batch_sharding(mesh, row_axis)), arrays)
-
-
 def _shaped(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _everywhere(arrays: Any, mesh: jax.sharding.Mesh) -> Any:
-    whole = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: _shaped(x, whole), arrays)
-
-
-def _wide(running: Running, prefix: int, width: int) -> Running:
-    """The shapes of what runs, with the caches of own tokens at another width."""
-    zero = jax.ShapeDtypeStruct((), np.int32)
-    wide = jax.eval_shape(lambda *args: resize(*args, prefix=prefix, width=width), running, zero)
-    return jax.tree.map(lambda x, old: _shaped(x, old.sharding), wide, running)
 
 
 def _options() -> dict[str, Any]:

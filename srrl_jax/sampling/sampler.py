@@ -1,26 +1,44 @@
 """The sampler: lists of tokens in, completions out."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3
 from srrl_jax.models.attention import Segment, choose_kernel
-from srrl_jax.models.decoder import Decoder, Trunk
 from srrl_jax.models.tree import LaneBatch
-from srrl_jax.parallel import place_batch, replicate, rollout_layout, row_shards
-from srrl_jax.sampling.buckets import Buckets, Lengths, Wave, sort_rows
-from srrl_jax.sampling.decode import Rule, Running, admit, begin, compact, decode, empty, prefill, resize
-from srrl_jax.sampling.memory import default_budget, rows_within
-from srrl_jax.sampling.schedule import CHUNK, Schedule
+from srrl_jax.parallel import (
+    ROLLOUT_RULES,
+    batch_sharding,
+    place_batch,
+    replicate,
+    row_shards,
+    shardings,
+    to_host,
+)
+from srrl_jax.programs import Program, shapes_of
+from srrl_jax.sampling.decoder import Decoder, KeysValues
+from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, make_programs
+from srrl_jax.sampling.scheduler import Batch, Scheduler, batches, sort_rows
+from srrl_jax.sampling.shapes import (
+    MOST_STEPS,
+    Memory,
+    RowLengths,
+    default_budget,
+    place_in_lanes,
+    plan_shapes,
+)
 from srrl_jax.sampling.tokens import SamplingConfig
+
+Tokens = Sequence[int]
+OnProgress = Callable[[int, int], None]
 
 
 class Completion(NamedTuple):
@@ -38,27 +56,11 @@ class Completion(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weights as training keeps them, and as decoding takes them (in 8 bits or not): see `Sampler.ready`."""
+    """Weights as training keeps them, and as decoding takes them, see `Sampler.prepare`."""
 
     params: Any
     decoder: Any
     int8: bool
-
-
-class Plan(NamedTuple):
-    """How a call is to run.
-
-    Attributes:
-      trunk: tokens that all prefixes begin with, computed once.
-      prefixes: the rest of each.
-      lengths: of these, and of the branches.
-      buckets: the table for them, with as many rows at a time as the memory holds.
-    """
-
-    trunk: Sequence[int]
-    prefixes: list[Sequence[int]]
-    lengths: Lengths
-    buckets: Buckets
 
 
 class Sampler:
@@ -67,25 +69,32 @@ class Sampler:
     Args:
       model: only its structure is kept; the weights come with each call, so that the policy samples
         at its current weights.
-      buckets: the shapes that may be compiled.
+      rows: lengths of the rows to come, or of a sample of them that has the longest: what is compiled
+        follows from them (`plan_shapes`).
       new_tokens: limit of each completion.
       stop_ids: any of these tokens ends a completion.
+      together: rows of a call, as many of which as the memory holds run at a time; all of `rows` by default.
+      shared: tokens that all prefixes begin with (a grader's instructions), computed once for a call.
       sampling: how tokens are drawn.
       allowed: ids from here on are never sampled (the tokenizer's size); default: all may be.
-      mesh: where to run; rows of every bucket must divide by its data, fsdp and expert axes.
+      mesh: where to run, rows cut over its data, fsdp and expert axes.
       memory_gb: GB (1e9 bytes) of each device that sampling may take beside the weights; with longer rows
         fewer run at one time. Default: half of the device's memory, of the machine's on a CPU.
       int8: decode with "weights" in 8 bits (see `Decoder`), or with K/V caches too; what is given is
         prefilled with the weights as they are.
+    Raises:
+      InputError: more tokens than the model has positions, or than the memory holds.
     """
 
     def __init__(
         self,
         model: Qwen3,
-        buckets: Buckets,
+        rows: Iterable[RowLengths],
         *,
         new_tokens: int,
         stop_ids: Sequence[int],
+        together: int | None = None,
+        shared: Tokens = (),
         sampling: SamplingConfig = SamplingConfig(),
         allowed: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -94,238 +103,308 @@ class Sampler:
     ):
         if new_tokens < 1:
             raise InputError(f"new_tokens must be at least 1, not {new_tokens}")
-        cut = 1 if mesh is None else row_shards(mesh)
-        if any(rows % cut for rows in buckets.rows):
+        c, rows = model.config, [RowLengths(*row) for row in rows]
+        longest = max((row.prefix + max(row.branches, default=0) for row in rows), default=0) + new_tokens
+        if longest > c.max_position_embeddings:
             raise InputError(
-                f"buckets.rows: {buckets.rows} must be multiples of mesh slice x data x fsdp x expert = {cut}"
+                f"prefix + branch + new tokens reach {longest} positions, but the model has "
+                f"max_position_embeddings {c.max_position_embeddings}"
             )
-        longest = buckets.prefix[-1] + buckets.branch[-1] + new_tokens
-        if longest > model.config.max_position_embeddings:
-            raise InputError(
-                f"buckets: prefix + branch + new tokens reach {longest} positions, but the model has "
-                f"max_position_embeddings {model.config.max_position_embeddings}"
-            )
-        self.graphdef = nnx.graphdef(model)
-        self.int8_weights, self.int8_caches = int8 != "none", int8 == "weights_kv"
-        decoder = nnx.eval_shape(
-            lambda params: Decoder(nnx.merge(self.graphdef, params), self.int8_weights), nnx.state(model)
+        self.mesh = mesh
+        self.new_tokens, self.sampling, self.stop_ids = new_tokens, sampling, tuple(stop_ids)
+        self.allowed, self.shared = allowed or c.vocab_size, tuple(shared)
+        self.int8_weights = int8 != "none"
+        kernel = choose_kernel(model.attention, model.dtype, c.windows is not None, tokens=2)
+        self.shards = 1 if mesh is None else row_shards(mesh)
+        self.memory = Memory(
+            c,
+            model.dtype,
+            default_budget() if memory_gb is None else int(memory_gb * 1e9),
+            tensor=1 if mesh is None else mesh.shape["tensor"],
+            shards=self.shards,
+            has_scores=kernel == "xla",  # kernels never write them down
         )
-        self.decoder, self.decoding = nnx.split(decoder)  # structure and shapes of `unstack`'s result
-        self.config, self.dtype, self.shards = model.config, model.dtype, cut
-        kernel = choose_kernel(model.attention, model.dtype, model.config.windows is not None, tokens=2)
-        # Splash's masks are made before lengths are known. Scores are written down by XLA alone.
-        self.apart, self.has_scores = kernel == "splash", kernel == "xla"
-        self.buckets, self.new_tokens, self.sampling, self.mesh = buckets, new_tokens, sampling, mesh
-        self.allowed = allowed or model.config.vocab_size
-        self.stop_ids = tuple(stop_ids)
-        self.budget = default_budget() if memory_gb is None else int(memory_gb * 1e9)
+        self.shapes = plan_shapes(
+            [self._rest(row) for row in rows],
+            new_tokens,
+            self.memory,
+            together=together or len(rows),
+            apart=kernel == "splash",  # whose masks are made before lengths are known
+        )
+        self.graphdef = graphdef = nnx.graphdef(model)
+        decoder = nnx.eval_shape(
+            lambda params: Decoder(nnx.merge(graphdef, params), self.int8_weights), nnx.state(model)
+        )
+        structure, self.decoder = nnx.split(decoder)
+        self.chunk = min(MOST_STEPS, new_tokens)  # most tokens that a run of decoding draws
+        self.jitted = make_programs(
+            graphdef,
+            structure,
+            c,
+            self.shapes,
+            mesh,
+            jnp.dtype(model.dtype),
+            (self.int8_weights, int8 == "weights_kv"),
+            self.chunk,
+            sampling.top_k,
+            sampling.truncates,
+        )
 
     def generate(
         self,
         params: Any,
-        prefixes: Sequence[Sequence[int]],
-        branches: Sequence[Sequence[Sequence[int]]],
+        prefixes: Sequence[Tokens],
+        branches: Sequence[Sequence[Tokens]],
         key: jax.Array,
         row_ids: Sequence[int] | None = None,
-        on_wave: Callable[[int, int], None] = lambda done, total: None,
+        on_wave: OnProgress = lambda done, total: None,
+        stop_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples every branch of every prefix.
 
         Args:
-          params: `nnx.state` of the model, or what `ready` made of it.
+          params: `nnx.state` of the model, or what `prepare` made of it.
           prefixes: token ids of each row, at least one.
           branches: for each row, the given tokens of each of its branches; `[[]] * G` samples G
             completions of the prefix itself.
           key: a typed random key. Token i of branch b of a row is drawn with the key folded with
-            (row id, b, i): independent of order, padding, waves and mesh.
+            (row id, b, i): independent of order, padding, scheduling and mesh.
           row_ids: a number for each row to fold in; its index by default.
           on_wave: told branches finished and their total after each chunk of tokens.
+          stop_ids: in place of those of the sampler.
         Raises:
-          InputError: a row that the bucket table or the memory does not hold; nothing has run by then.
+          InputError: a row that is over the lengths that were planned with; nothing has run by then.
         """
+        stop_ids = self.stop_ids if stop_ids is None else tuple(stop_ids)
         row_ids = range(len(prefixes)) if row_ids is None else row_ids
-        plan = self.plan(prefixes, branches)
-        schedule = Schedule(plan.lengths, plan.buckets, self.new_tokens, self.shards)
+        rows, prefixes, order = self._rows(prefixes, branches)
+        scheduler = Scheduler(rows, order, self.shapes, self.shards)
         drawn: list[list[tuple[list, list]]] = [[([], []) for _ in row] for row in branches]
         total, done = sum(map(len, branches)), 0
-        weights = self.ready(params)
-        shared, trunk = self.begin(weights.params, plan.trunk)
-        rule, running = self._put(self.rule), None
-        options = dict(top_k=self.sampling.top_k, truncates=self.sampling.truncates)
-        while schedule.waiting or schedule.running.any():
-            firsts = []
-            while wave := schedule.next_wave():
-                running = self._resize(running, schedule, wave, key, trunk)
-                arrived = self._prefill(weights.params, shared, wave, plan, branches, key, row_ids)
-                places = self._place(schedule.enter(wave))
-                token, logprob, running = admit(
-                    self.decoder, weights.decoder, running, *arrived, places, rule, **options
-                )
-                firsts.append((wave, token, logprob))
-            running = self._resize(running, schedule, None, key, trunk)
-            out, running = decode(
-                self.decoder,
-                weights.decoder,
-                running,
-                rule,
-                self._put(np.int32(schedule.enough())),
-                chunk=schedule.chunk,
-                **options,
+        weights = self.prepare(params)
+        shared, shared_cache = self._begin(weights.params)
+        rule, key = self._everywhere(self.sampling_params(stop_ids)), self._everywhere(key)
+        state, end, widths = self.jitted.empty(key), self.shapes.prefill[-1].lane, self.shapes.widths
+        while scheduler.waiting or scheduler.running.any():
+            while batch := scheduler.next_batch():
+                arrivals = self._pack(batch, rows, prefixes, branches, row_ids)
+                admission = scheduler.admit(batch)
+                arrivals, admission = self._place(arrivals), self._place(admission)
+                state = self.jitted.enter(weights.params, shared, state, arrivals, admission, key)
+            while len(widths) > 1 and end + self.chunk > widths[0]:
+                widths = widths[1:]
+            enough = self._everywhere(np.int32(scheduler.enough()))
+            out, state = self.jitted.decode(
+                weights.decoder, shared_cache, state, rule, enough, width=widths[0]
             )
-            firsts, out = jax.device_get((firsts, out))
-            for wave, token, logprob in firsts:
-                for seat, row in enumerate(wave.indices):
-                    for b, (tokens, logprobs) in enumerate(drawn[row] if row >= 0 else ()):
-                        tokens.append(token[seat, b : b + 1])
-                        logprobs.append(logprob[seat, b : b + 1])
-            for slot, row, b in schedule.branches():
+            out = jax.device_get(out)
+            for slot, row, b in scheduler.branches():
                 tokens, logprobs = drawn[row][b]
                 tokens.append(out.tokens[slot, : out.counts[slot]])
                 logprobs.append(out.logprobs[slot, : out.counts[slot]])
                 done += not out.alive[slot]
-            schedule.advance(out.counts, out.alive)
-            if kept := schedule.compaction():
-                running = compact(running, self._place(kept))
+            scheduler.finish(out.alive)
+            end += int(out.counts.max())
             on_wave(done, total)
-        return [[self._completion(*branch) for branch in row] for row in drawn]
 
-    def ready(self, params: Any, replaces: Weights | None = None) -> Weights:
-        """What `generate` makes of weights before anything else, to be made once for several calls.
+        def completion(tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
+            tokens = np.concatenate(tokens)
+            return Completion(tokens, np.concatenate(logprobs), int(tokens[-1]) not in stop_ids)
 
-        What another sampler of the same model has made ready is taken as it is, unless for 8 bits.
+        return [[completion(*branch) for branch in row] for row in drawn]
+
+    def score(
+        self,
+        params: Any,
+        prefixes: Sequence[Tokens],
+        branches: Sequence[Sequence[Tokens]],
+        candidates: Sequence[int],
+        on_wave: OnProgress = lambda done, total: None,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of `candidates` as the token that comes next after each branch.
+
+        The prefill of `generate` and nothing more.
 
         Args:
-          replaces: weights made ready before and done with. Their decoding layout is donated, so that
-            there are never two; what they were made of is left alone.
+          params, prefixes, branches, on_wave: as in `generate`.
+          candidates: C token ids.
+        Returns:
+          For each row float32 [its branches, C], of the softmax over the whole vocabulary at temperature 1.
+        Raises:
+          InputError: as `generate`.
+        """
+        rows, prefixes, order = self._rows(prefixes, branches)
+        params = params.params if isinstance(params, Weights) else params
+        shared, _ = self._begin(params)
+        results: list[np.ndarray] = [np.zeros((0, len(candidates)), np.float32)] * len(prefixes)
+        total, done = sum(map(len, branches)), 0
+        candidates = self._everywhere(np.asarray(candidates, np.int32))
+        for batch in batches(order, self.shapes):
+            packed = self._pack(batch, rows, prefixes, branches, range(len(rows)), whole=True).batch
+            found = to_host(self.jitted.score(params, shared, self._place(packed), candidates))
+            for seat, row in enumerate(batch.rows):
+                if row >= 0:
+                    results[row] = found[seat, : len(branches[row])]
+                    done += len(branches[row])
+            on_wave(done, total)
+        return results
+
+    @property
+    def longest_prefix(self) -> int:
+        """Most tokens of a prefix."""
+        return len(self.shared) + self.shapes.prefill[-1].prefix
+
+    def prepare(self, params: Any, replaces: Weights | None = None) -> Weights:
+        """What `generate` makes of weights before anything else, to be made once for several calls.
+
+        What another sampler of the same model has prepared is taken as it is, unless for 8 bits.
+
+        Args:
+          replaces: weights prepared before and done with. Their decoding layout is donated, so that there are
+            never two; what they were made of is left alone.
         """
         if isinstance(params, Weights):
             if params.int8 == self.int8_weights:
                 return params
             params = params.params
         old = replaces.decoder if replaces and replaces.int8 == self.int8_weights else None
-        decoder = unstack(self.graphdef, params, old, self.mesh, self.int8_weights)
-        return Weights(params, decoder, self.int8_weights)
+        return Weights(params, self.jitted.prepare(params, old), self.int8_weights)
 
-    def plan(self, prefixes: Sequence[Sequence[int]], branches: Sequence[Sequence[Sequence[int]]]) -> Plan:
-        """How a call is to run.
+    def programs(
+        self, params: Any, scores: bool = False, stop_ids: Sequence[int] | None = None
+    ) -> Iterator[Program]:
+        """What `prepare` and `generate` (or `score`) run, to be compiled ahead; under the mesh.
 
-        Raises:
-          InputError: as `generate`.
+        Args:
+          params: weights, or their shapes with placements.
+          stop_ids: as in `generate`.
         """
-        lengths = Lengths(list(map(len, prefixes)), [list(map(len, row)) for row in branches], self.apart)
-        sort_rows(lengths, self.buckets)  # complains of the whole lengths
-        cut = self.buckets.shared(prefixes)
-        rest, buckets = [prefix[cut:] for prefix in prefixes], self.buckets.after(cut)
-        lengths = dataclasses.replace(lengths, prefix=list(map(len, rest)))
-        tensor = 1 if self.mesh is None else self.mesh.shape["tensor"]
-        rows = rows_within(
-            self.budget, self.config, self.dtype, (self.shards, tensor), buckets, lengths, self.new_tokens,
-            self.has_scores,
-        )  # fmt: skip
-        trunk = prefixes[0][:cut] if cut else []
-        return Plan(trunk, rest, lengths, dataclasses.replace(buckets, rows=rows))
+        jitted, params = self.jitted, shapes_of(params)
+        shared, cache = None, KeysValues()
+        if self.shared:
+            tokens = self._shapes(np.zeros(len(self.shared), np.int32), everywhere=True)
+            yield Program("shared prefix", str(len(self.shared)), jitted.begin, (params, tokens))
+            shared, cache = _placed(jax.eval_shape(jitted.begin, params, tokens), jitted.shared_places)
+        empty = [(shape, Batch(shape, (-1,) * shape.rows)) for shape in self.shapes.prefill]
+        arrivals = [self._shapes(self._pack(batch, [], [], [], [])) for _, batch in empty]
+        if scores:
+            ids = self._shapes(np.zeros(2, np.int32), everywhere=True)
+            for (shape, _), arrived in zip(empty, arrivals, strict=True):
+                yield Program("score", str(shape), jitted.score, (params, shared, arrived.batch, ids))
+            return
+        yield self.relayout(params)
+        key = self._shapes(ANY_KEY, everywhere=True)
+        yield Program("empty caches", "", jitted.empty, (key,))
+        state = _placed(jax.eval_shape(jitted.empty, key), jitted.places)
+        scheduler = Scheduler([], [], self.shapes, self.shards)
+        for (shape, batch), arrived in zip(empty, arrivals, strict=True):
+            args = (params, shared, state, arrived, self._shapes(scheduler.admit(batch)), key)
+            yield Program("prefill", str(shape), jitted.enter, args)
+        rule = self.sampling_params(self.stop_ids if stop_ids is None else stop_ids)
+        rule, enough = self._shapes((rule, np.int32(0)), everywhere=True)
+        args = (self.decoding, cache, state, rule, enough)
+        for width in self.shapes.widths:
+            yield Program("decode", f"{self.shapes.slots} x {width}", jitted.decode, args, {"width": width})
 
-    def begin(self, params: Any, trunk: Sequence[int]) -> tuple[Segment | None, Trunk]:
-        """The trunk's keys and values, for prefill and for decoding."""
-        if not trunk:
-            return None, Trunk()
-        return begin(self.graphdef, params, self._put(np.asarray(trunk, np.int32)), self.int8_caches)
-
-    def _completion(self, tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
-        tokens = np.concatenate(tokens)
-        return Completion(tokens, np.concatenate(logprobs), int(tokens[-1]) not in self.stop_ids)
-
-    def _resize(
-        self, running: Running | None, schedule: Schedule, wave: Wave | None, key, trunk: Trunk
-    ) -> Running:
-        """Gives the caches room for a wave to enter and for the next chunk."""
-        prefix, width, shift = schedule.sizes(wave)
-        if running is None:
-            schedule.resized(prefix, width, shift)
-            running = empty(
-                key, self.config, self.dtype, self.int8_caches,
-                rows=schedule.row.size, cells=schedule.cells, slots=schedule.length.size,
-                shards=self.shards, prefix=prefix, width=width,
-            )  # fmt: skip
-            slots = running.slots._replace(end=self._put(np.int32(schedule.end)))
-            return running._replace(trunk=trunk, slots=slots)
-        if (prefix, width, shift) != (schedule.prefix, schedule.width, 0):
-            running = resize(running, self._put(np.int32(shift)), prefix=prefix, width=width)
-            schedule.resized(prefix, width, shift)
-        return running
-
-    def _prefill(self, params, trunk: Segment | None, wave: Wave, plan: Plan, branches, key, row_ids):
-        """What `admit` takes of a wave."""
-        tree, ids = pack(wave, plan, branches, row_ids)
-        tree, ids = self._place(tree), self._place(ids)
-        state, prefix, own = prefill(self.graphdef, params, tree, trunk)
-        return state, prefix, own, tree, _branch_keys(key, ids, wave.fan_out)
+    def relayout(self, params: Any, replaces: bool = False) -> Program:
+        """What `prepare` runs, alone or with earlier weights that it replaces."""
+        args = (shapes_of(params), self.decoding if replaces else None)
+        return Program("relayout", "in place of another" if replaces else "", self.jitted.prepare, args)
 
     @property
-    def chunk(self) -> int:
-        """Tokens that one run of `decode` draws at most."""
-        return min(CHUNK, self.new_tokens)
+    def decoding(self) -> Any:
+        """Shapes of what `prepare` makes of weights, and where they lie."""
+        if self.mesh is None:
+            return self.decoder
+        return _placed(self.decoder, shardings(self.decoder, self.mesh, ROLLOUT_RULES))
 
-    @property
-    def rule(self) -> Rule:
+    def sampling_params(self, stop_ids: Sequence[int]) -> SamplingParams:
         """On the host."""
         s = self.sampling
         floats = (np.float32(x) for x in (s.temperature, s.top_p, s.min_p))
-        stop_ids = np.asarray(self.stop_ids, np.int32)
-        return Rule(*floats, np.int32(self.allowed), stop_ids, np.int32(self.new_tokens))
+        stops = np.asarray(stop_ids, np.int32)
+        return SamplingParams(*floats, np.int32(self.allowed), stops, np.int32(self.new_tokens))
 
-    def _put(self, values):
+    def _rest(self, row: RowLengths) -> RowLengths:
+        """What follows the tokens that all prefixes begin with."""
+        return RowLengths(row.prefix - len(self.shared), row.branches)
+
+    def _rows(self, prefixes: Sequence[Tokens], branches: Sequence[Sequence[Tokens]]):
+        """Lengths of each row after the shared tokens, the rest of the prefixes, and their order."""
+        cut = len(self.shared)
+        for index, prefix in enumerate(prefixes):
+            if tuple(prefix[:cut]) != self.shared:
+                raise InputError(f"row {index}: does not begin with the {cut} shared tokens of this sampler")
+        rests = [prefix[cut:] for prefix in prefixes]
+        rows = [
+            RowLengths(len(prefix), list(map(len, row))) for prefix, row in zip(rests, branches, strict=True)
+        ]
+        return rows, rests, sort_rows(rows, self.shapes, self.new_tokens)
+
+    def _begin(self, params: Any) -> tuple[Segment | None, KeysValues]:
+        """Keys and values of the shared tokens, for prefill and for decoding."""
+        if not self.shared:
+            return None, KeysValues()
+        return self.jitted.begin(params, self._everywhere(np.asarray(self.shared, np.int32)))
+
+    def _everywhere(self, values):
         """On every device."""
         return jax.device_put(values) if self.mesh is None else replicate(values, self.mesh)
 
     def _place(self, arrays):
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
 
+    def _shapes(self, arrays, everywhere: bool = False):
+        """Of host arrays, as they will lie on the devices: as a batch, or on all of them."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+        if self.mesh is None:
+            return shapes
+        return _placed(shapes, NamedSharding(self.mesh, P()) if everywhere else batch_sharding(self.mesh))
 
-@partial(jax.jit, static_argnames=("graphdef", "mesh", "int8"), donate_argnames="replaces", keep_unused=True)
-def unstack(graphdef, params, replaces, mesh: jax.sharding.Mesh | None, int8: bool):
-    """From the weights of training to those of a `Decoder`, in the layout of rollouts.
+    def _pack(
+        self, batch: Batch, rows: Sequence[RowLengths], prefixes, branches, row_ids, whole: bool = False
+    ) -> Arrivals:
+        """Pads the rows of a batch to its shape, on the host.
 
-    Training goes on with `params`; what is donated is an earlier result, or None.
-    """
-    decoder = nnx.state(Decoder(nnx.merge(graphdef, params), int8))
-    return decoder if mesh is None else rollout_layout(decoder, mesh)
+        Decoding starts with the last token given to a branch, where it has none with that of its prefix, so
+        that token is left out (unless `whole`). Where some branches of a row have none and some have,
+        the prefix's last token is given to each of them.
+        """
+        size, prefix, lanes, lane = batch.shape
+        fan_out = self.shapes.fan_out
+        packed = LaneBatch(
+            np.zeros((size, prefix), np.int32),
+            np.zeros(size, np.int32),
+            np.zeros((size, lanes, lane), np.int32),
+            np.full((size, lanes, lane), -1, np.int32),
+            np.zeros((size, fan_out), np.int32),
+            np.zeros((size, fan_out), np.int32),
+        )
+        last, ids = np.zeros((size, fan_out), np.int32), np.zeros(size, np.uint32)
+        for seat, row in enumerate(batch.rows):
+            if row < 0:
+                continue
+            ids[seat], tokens, given = row_ids[row], prefixes[row], branches[row]
+            places = place_in_lanes(rows[row].branches, lane, self.shapes.apart)
+            if not whole and min(rows[row].branches) == 0:
+                tokens, given = tokens[:-1], [[tokens[-1], *branch] for branch in given]
+            packed.prefix[seat, : len(tokens)], packed.prefix_lengths[seat] = tokens, len(tokens)
+            for b, (branch, (index, first)) in enumerate(zip(given, places, strict=True)):
+                if not whole:
+                    branch, last[seat, b] = branch[:-1], branch[-1]
+                if len(branch):
+                    packed.lanes[seat, index, first : first + len(branch)] = branch
+                    packed.owners[seat, index, first : first + len(branch)] = b
+                packed.first[seat, b], packed.lengths[seat, b] = index * lane + first, len(branch)
+        return Arrivals(packed, last, ids)
 
 
-@jax.jit
-def _fold(key, ids):
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+def _placed(shapes: Any, places: Any) -> Any:
+    """Shapes with the placements of a tree that may be coarser; None leaves them as they are."""
+    if places is None:
+        return shapes
 
+    def put(place, part):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
 
-def _branch_keys(key: jax.Array, ids: jax.Array, fan_out: int) -> jax.Array:
-    """Keys [N, B] folded from row ids [N] and branch numbers."""
-    return jax.vmap(_fold, (0, None))(_fold(key, ids), jnp.arange(fan_out))
-
-
-def pack(wave: Wave, plan: Plan, branches, row_ids) -> tuple[LaneBatch, np.ndarray]:
-    """Pads the rows of a wave to its sizes: a host LaneBatch, and row ids [N].
-
-    A padding row is a prefix of one token.
-    """
-    size = len(wave.indices)
-    tree = LaneBatch(
-        np.zeros((size, wave.prefix), np.int32),
-        np.ones(size, np.int32),
-        np.zeros((size, wave.lanes, wave.branch), np.int32),
-        np.full((size, wave.lanes, wave.branch), -1, np.int32),
-        np.zeros((size, wave.fan_out), np.int32),
-        np.zeros((size, wave.fan_out), np.int32),
-    )
-    ids = np.zeros(size, np.uint32)
-    for seat, row in enumerate(wave.indices):
-        if row < 0:
-            continue
-        tree.prefix[seat, : len(plan.prefixes[row])] = plan.prefixes[row]
-        tree.prefix_lengths[seat] = len(plan.prefixes[row])
-        ids[seat] = row_ids[row]
-        for b, (lane, first) in enumerate(plan.lengths.places(row, wave.branch) if wave.lanes else ()):
-            tokens = branches[row][b]
-            tree.lanes[seat, lane, first : first + len(tokens)] = tokens
-            tree.owners[seat, lane, first : first + len(tokens)] = b
-            tree.first[seat, b], tree.branch_lengths[seat, b] = lane * wave.branch + first, len(tokens)
-    return tree, ids
+    return jax.tree.map(put, places, shapes)

@@ -7,10 +7,8 @@ import jax
 import numpy as np
 
 from srrl_jax.models import TreeBatch
-from srrl_jax.parallel import check_rows
 from srrl_jax.sampling import Completion
-from srrl_jax.sampling.buckets import fit
-from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.shapes import UpdateShapes
 
 
 class UpdateBatch(NamedTuple):
@@ -35,17 +33,15 @@ def pack_groups(
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Completion]],
     scored: np.ndarray,
-    prompt_buckets: tuple[int, ...],
-    completion_buckets: tuple[int, ...],
+    shapes: UpdateShapes,
 ) -> UpdateBatch:
-    """Pads a step's prompts and completions to one pair of bucket sizes; advantages left at zero.
+    """Pads a step's prompts and completions; advantages left at zero.
 
     Args:
       scored: bool [N, G], false where a completion has no reward and so must not count.
     """
     n, g = scored.shape
-    p = fit(max(map(len, prompts)), prompt_buckets, "prompt")
-    size = fit(max(len(c.tokens) for group in groups for c in group), completion_buckets, "completion")
+    p, size = shapes.prompt, shapes.completion(max(len(c.tokens) for group in groups for c in group))
     tree = TreeBatch(
         np.zeros((n, p), np.int32),
         np.array([len(prompt) for prompt in prompts], np.int32),
@@ -61,11 +57,6 @@ def pack_groups(
     mask = (np.arange(size) < tree.branch_lengths[..., None]) & scored[..., None]
     advantages, reference = np.zeros((n, g), np.float32), np.zeros_like(logprobs)
     return UpdateBatch(tree, mask, logprobs, logprobs, advantages, reference, np.zeros((n, g), bool))
-
-
-def check_microbatch(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError where the rows of a microbatch cannot be cut over the mesh."""
-    check_rows({"optimizer.microbatch": (config.optimizer.microbatch,)}, mesh)
 
 
 def split_batch(batch: UpdateBatch, minibatches: int, microbatch: int) -> list[UpdateBatch]:

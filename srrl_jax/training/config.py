@@ -26,6 +26,8 @@ class DataConfig:
       teacher_loss: how lessons are learnt: "grpo" from the policy's own replies, "sft" by cross-entropy with
         the teacher's reply, "both" by all replies but the last, in whose place the teacher's is.
       where: tags of the training rows and criteria to keep (see `srrl_jax.data.select`).
+      too_long: what becomes of rows that are over `rollout.max_prompt_tokens` or the model's positions:
+        "error" lists them before anything is compiled, "drop" leaves them out and says which.
       fields: what the rows call "prompt", "rubrics", "criterion" and "points", where they have no schema
         that is known (see `srrl_jax.data.schemas`); for all sources but the teacher's.
     """
@@ -37,6 +39,7 @@ class DataConfig:
     teacher_share: float = 0.0
     teacher_loss: Literal["grpo", "sft", "both"] = "grpo"
     where: tuple[str, ...] = ()
+    too_long: Literal["error", "drop"] = "error"
     fields: dict[Literal["prompt", "rubrics", "criterion", "points"], str] = dataclasses.field(
         default_factory=dict
     )
@@ -48,9 +51,7 @@ class RolloutConfig:
 
     Attributes:
       max_new_tokens: limit of a completion.
-      prompt_buckets: padded prompt lengths; a longer prompt is refused.
-      completion_buckets: padded completion lengths of the update; the last must be max_new_tokens.
-      rows: prompts sampled at one time.
+      max_prompt_tokens: limit of a prompt, for `data.too_long`; null is what the model's positions leave.
       memory_gb: GB of each device that sampling may take beside the weights; with long prompts fewer run at
         one time. null is half of the device's memory (on a CPU, of the machine's).
       thinking: whether the chat template asks for a <think> block.
@@ -58,9 +59,7 @@ class RolloutConfig:
     """
 
     max_new_tokens: int
-    prompt_buckets: tuple[int, ...]
-    completion_buckets: tuple[int, ...]
-    rows: tuple[int, ...] = (8,)
+    max_prompt_tokens: int | None = None
     memory_gb: float | None = None
     thinking: bool = False
     int8: Literal["none", "weights", "weights_kv"] = "none"
@@ -72,18 +71,10 @@ class GradingConfig(JudgeConfig):
     """How responses are graded.
 
     Attributes:
-      prefix_buckets: padded lengths of instructions + conversation + response.
-      criterion_buckets: padded lengths of a criterion with the text after it.
-      criteria_buckets: padded numbers of criteria.
-      rows: responses graded at one time.
       memory_gb: as in `rollout`.
       int8: as in `rollout`, for replies that are written out.
     """
 
-    prefix_buckets: tuple[int, ...]
-    criterion_buckets: tuple[int, ...]
-    criteria_buckets: tuple[int, ...]
-    rows: tuple[int, ...] = (8,)
     memory_gb: float | None = None
     int8: Literal["none", "weights", "weights_kv"] = "none"
 
@@ -190,7 +181,8 @@ class OptimizerConfig:
 
     Attributes:
       minibatches: updates of one step; each takes its share of the step's prompts.
-      microbatch: prompts (with their whole groups) of one forward and backward pass.
+      microbatch: prompts (with their whole groups) of one forward and backward pass; null is as many as fit
+        the memory (`srrl_jax.training.shapes`).
       remat: what the backward pass computes again instead of keeping it: "none"; "full", all of each layer;
         "dots", all but products with weights.
       first_moment: type in which AdamW keeps its first moment; bfloat16 saves 2 bytes a weight.
@@ -204,7 +196,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     grad_clip: float = 1.0
     minibatches: int = 1
-    microbatch: int = 1
+    microbatch: int | None = None
     remat: Literal["none", "full", "dots"] = "full"
     first_moment: Literal["float32", "bfloat16"] = "float32"
     max_skipped: int = 5
@@ -309,8 +301,9 @@ class TrainConfig:
             "prompts_per_step": self.prompts_per_step,
             "group_size": self.group_size - 1,
             "rollout.max_new_tokens": r.max_new_tokens,
+            "rollout.max_prompt_tokens": 1 if r.max_prompt_tokens is None else r.max_prompt_tokens,
             "optimizer.minibatches": o.minibatches,
-            "optimizer.microbatch": o.microbatch,
+            "optimizer.microbatch": 1 if o.microbatch is None else o.microbatch,
             "optimizer.max_skipped": o.max_skipped,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
@@ -323,26 +316,14 @@ class TrainConfig:
                 raise InputError(f"{key}: must be at least {2 if key == 'group_size' else 1}")
         if not all(1 <= step <= self.steps for step in self.profiled):
             raise InputError(f"profile: must be of 1 to steps ({self.steps}), not {list(self.profiled)}")
-        if self.prompts_per_step % (o.minibatches * o.microbatch):
+        if self.prompts_per_step % (o.minibatches * (o.microbatch or 1)):
             raise InputError(
-                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches "
-                f"x optimizer.microbatch ({o.minibatches} x {o.microbatch})"
-            )
-        tables = {
-            "rollout.prompt_buckets": r.prompt_buckets,
-            "rollout.completion_buckets": r.completion_buckets,
-            "rollout.rows": r.rows,
-            "grading.prefix_buckets": g.prefix_buckets,
-            "grading.criterion_buckets": g.criterion_buckets,
-            "grading.criteria_buckets": g.criteria_buckets,
-            "grading.rows": g.rows,
-        }
-        for key, sizes in tables.items():
-            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise InputError(f"{key}: must be ascending sizes from 1 on, not {list(sizes)}")
-        if r.completion_buckets[-1] != r.max_new_tokens:
-            raise InputError(
-                f"rollout.completion_buckets: the last must be rollout.max_new_tokens ({r.max_new_tokens})"
+                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of optimizer.minibatches"
+                + (
+                    f" x optimizer.microbatch ({o.minibatches} x {o.microbatch})"
+                    if o.microbatch
+                    else f" ({o.minibatches})"
+                )
             )
         if r.sampling.temperature == 0:
             raise InputError(

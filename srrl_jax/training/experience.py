@@ -10,10 +10,10 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, Judge, Verdict
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.parallel import check_rows
 from srrl_jax.rubrics import Example, parse_verdict, score_response
-from srrl_jax.sampling import Buckets, Completion, Sampler
+from srrl_jax.sampling import Completion, RowLengths, Sampler
 from srrl_jax.training.config import TrainConfig
+from srrl_jax.training.shapes import RunLengths, with_responses
 
 
 class Graded(NamedTuple):
@@ -34,6 +34,7 @@ class Task(NamedTuple):
       row: the number of its row, which its random keys are folded from.
       met: of a lesson (`lessons.py`) the teacher's verdict, which the completion is to give.
       reply: and the tokens of that verdict as the grader would write it, with the teacher's explanation.
+      asked: lengths of what the grader is asked about an empty response; None of a lesson.
     """
 
     example: Example
@@ -42,92 +43,119 @@ class Task(NamedTuple):
     row: int
     met: bool | None = None
     reply: tuple[int, ...] = ()
+    asked: RowLengths | None = None
 
 
-def encode_tasks(examples: Sequence[Example], source: str, tokenizer: Tokenizer, config: TrainConfig):
-    """Tokenizes all prompts, and checks them and their criteria against the bucket table.
+def encode_tasks(
+    examples: Sequence[Example], source: str, grader: Grader, config: TrainConfig, positions: int
+) -> tuple[list[Task], list[str]]:
+    """Tokenizes all prompts and criteria, and checks them against the recipe's limits and the model's.
 
+    Args:
+      positions: that the model has.
+    Returns:
+      The tasks, numbered by row, and the rows that were dropped, in words.
     Raises:
-      InputError: names the source, the row, the length and the key to enlarge.
+      InputError: rows that are too long, unless `data.too_long` drops them: lists them, the worst first.
     """
-    r, g = config.rollout, config.grading
-    grader = Grader.at(config.grading, tokenizer)
-    tasks = []
+    r, g, tokenizer = config.rollout, config.grading, grader.tokenizer
+    tasks, excess = [], []
     for row, example in enumerate(examples):
         prompt, opening = encode_prompt(tokenizer, example.prompt, r.thinking)
-        prefix, branches = grader.encode(GradingItem(example.prompt, "", example.rubrics))
-        for key, what, size, sizes in (
-            ("rollout.prompt_buckets", "the prompt", len(prompt), r.prompt_buckets),
+        asked = grader.lengths(GradingItem(example.prompt, "", example.rubrics))
+        reply = g.max_new_tokens if g.verdict == "generate" else 1
+        wanted = [
+            (len(prompt) + r.max_new_tokens, positions, "prompt and completion", "rollout.max_new_tokens"),
             (
-                "grading.prefix_buckets",
-                "the grader prompt with the longest response",
-                len(prefix) + r.max_new_tokens,
-                g.prefix_buckets,
+                asked.prefix + r.max_new_tokens + max(asked.branches) + reply,
+                positions,
+                "the grader's prompt with the longest response, criterion and reply",
+                "rollout.max_new_tokens or grading.max_new_tokens",
             ),
-            ("grading.criterion_buckets", "a criterion", max(map(len, branches)), g.criterion_buckets),
-            ("grading.criteria_buckets", "the list of criteria", len(example.rubrics), g.criteria_buckets),
-        ):
-            if size > sizes[-1]:
-                raise InputError(
-                    f"{source}: row {row + 1} ({example.prompt_id}): {what} takes {size}, over the "
-                    f"largest of {key} ({sizes[-1]}); enlarge {key} or leave the row out"
-                )
-        tasks.append(Task(example, prompt, opening, row))
-    return tasks
+        ]
+        if r.max_prompt_tokens is not None:
+            wanted.append((len(prompt), r.max_prompt_tokens, "the prompt", "rollout.max_prompt_tokens"))
+        over = max(wanted, key=lambda each: each[0] - each[1])
+        if over[0] > over[1]:
+            excess.append((row, example.prompt_id, *over))
+        else:
+            tasks.append(Task(example, prompt, opening, row, asked=asked))
+    if excess and config.data.too_long == "error":
+        raise too_long(source, excess)
+    return tasks, [_too_long_row(source, *each) for each in excess]
+
+
+def too_long(source: str, excess: Sequence[tuple[int, str, int, int, str, str]]) -> InputError:
+    """One refusal for all rows that are over a limit, the worst first, with what would take all of them."""
+    worst = sorted(excess, key=lambda each: each[3] - each[2])
+    most = {key: max(size for _, _, size, _, _, k in excess if k == key) for *_, key in excess}
+    mend = [
+        f"rollout.max_prompt_tokens={size} would take all of them"
+        if key == "rollout.max_prompt_tokens"
+        else f"the model has {worst[0][3]} positions: {key} would have to be smaller"
+        for key, size in most.items()
+    ]
+    lines = [_too_long_row(source, *each) for each in worst[:20]]
+    lines += [f"and {len(worst) - 20} more"] if len(worst) > 20 else []
+    return InputError(
+        f"{len(worst)} rows are too long, the worst first:\n  "
+        + "\n  ".join(lines)
+        + f"\n{'; '.join(mend)}; or leave them out by data.too_long=drop"
+    )
+
+
+def _too_long_row(source: str, row: int, prompt_id: str, size: int, limit: int, what: str, key: str) -> str:
+    return f"{source}: row {row + 1} ({prompt_id}): {what} takes {size} tokens, over {limit}"
 
 
 def samplers(
     model: Qwen3,
     config: TrainConfig,
     mesh: jax.sharding.Mesh,
+    lengths: RunLengths,
     *,
     stop_ids: Sequence[int],
     allowed: int,
-    trunk: tuple[int, ...] = (),
 ) -> tuple[Sampler, Sampler]:
-    """Of rollouts and of grading; `trunk` is that of the grader's prompts (see `Question.trunk`).
+    """Of rollouts and of grading, for rows of these lengths.
 
     Raises:
-      InputError: rows that the mesh cannot cut, or more positions than the model has.
+      InputError: more positions than the model has, or not one row fits the memory.
     """
     r, g = config.rollout, config.grading
-    check_rows({"rollout.rows": r.rows, "grading.rows": g.rows}, mesh)
-    shared = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
+    common = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
     rollout = Sampler(
         model,
-        Buckets(
-            r.prompt_buckets, fan_out=tuple(sorted({config.group_size, config.eval.samples})), rows=r.rows
-        ),
+        lengths.rollout,
+        together=config.prompts_per_step,
         new_tokens=r.max_new_tokens,
         sampling=r.sampling,
         memory_gb=r.memory_gb,
         int8=r.int8,
-        **shared,
+        **common,
     )
     grading = Sampler(
         model,
-        Buckets(
-            g.prefix_buckets,
-            Grader.fan_out(g.criteria_buckets, g.verdict, g.votes, g.together),
-            g.criterion_buckets,
-            g.rows,
-            trunk,
-        ),
+        with_responses(lengths.grading, r.max_new_tokens),
+        together=config.prompts_per_step * config.group_size,
+        shared=lengths.shared,
         new_tokens=g.max_new_tokens,
         sampling=g.sampling,
         memory_gb=g.memory_gb,
         int8=g.int8,
-        **shared,
+        **common,
     )
     return rollout, grading
 
 
-def make_actor(model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh) -> Actor:
-    """The policy in both its roles, at the recipe's settings."""
+def make_actor(
+    model: Qwen3, tokenizer: Tokenizer, config: TrainConfig, mesh: jax.sharding.Mesh, lengths: RunLengths
+) -> Actor:
+    """The policy in both its roles, at the recipe's settings, for rows of these lengths."""
     grader = Grader.at(config.grading, tokenizer)
     allowed = min(tokenizer.size, model.config.vocab_size)
     sampler, grader.sampler = samplers(
-        model, config, mesh, stop_ids=tokenizer.stop_ids, allowed=allowed, trunk=grader.question.trunk
+        model, config, mesh, lengths, stop_ids=tokenizer.stop_ids, allowed=allowed
     )
     return Actor(sampler, grader)
 

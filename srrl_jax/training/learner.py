@@ -1,7 +1,7 @@
 """What learns: the policy's weights, their frozen start, and the update."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,15 @@ from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import in_memory, place_batch, replicate, shardings
+from srrl_jax.parallel import batch_sharding, in_memory, place_batch, replicate, shardings
+from srrl_jax.programs import Program, shapes_of
 from srrl_jax.sampling import Completion
-from srrl_jax.training.batch import UpdateBatch, check_microbatch, pack_groups, split_batch
+from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState, fingerprint
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies
+from srrl_jax.training.shapes import UpdateShapes, plan_update
 from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
 
 
@@ -41,17 +43,58 @@ def network(config: TrainConfig, sizes: Qwen3Config | None = None) -> Qwen3:
     return model
 
 
+def minibatch_shapes(
+    config: TrainConfig, shapes: UpdateShapes, mesh: jax.sharding.Mesh
+) -> dict[int, UpdateBatch]:
+    """Those of a minibatch, for each size of its completions."""
+    count = config.prompts_per_step // config.optimizer.minibatches
+    found = {}
+    for size in shapes.completions:
+        completion = Completion(np.zeros(size, np.int32), np.zeros(size, np.float32), True)
+        groups = [[completion] * config.group_size] * count
+        batch = pack_groups([[0]] * count, groups, np.ones((count, config.group_size), bool), shapes)
+        (part,) = split_batch(batch, 1, shapes.microbatch)
+        place = batch_sharding(mesh, row_axis=1)
+        found[size] = jax.tree.map(
+            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part
+        )
+    return found
+
+
+def update_programs(
+    graphdef, update, config: TrainConfig, minibatches: Mapping[int, UpdateBatch], state, base, scored
+) -> list[Program]:
+    """Programs of updates, in shapes and placements.
+
+    Args:
+      update: of `make_update`.
+      minibatches: by the length of their completions.
+      state, base: weights and moments that are learnt, and the weights beside them.
+      scored: weights under which log-probabilities are computed, one of each layout.
+    """
+    found = []
+    for size, part in minibatches.items():
+        microbatches, rows, prompt = part.tree.prefix.shape
+        sizes = f"{microbatches} x {rows} x ({prompt} + {config.group_size} x {size})"
+        found.append(Program("update", sizes, update, (*state, part, base)))
+        for weights in scored:
+            args = (graphdef, weights, part, config.rollout.sampling.temperature)
+            found.append(Program("log-probabilities", sizes, completion_logprobs, args))
+    return found
+
+
 class Learner:
     """Turns a step's completions and advantages into updates of the policy.
 
     Args:
       model: its structure alone; the weights are read from `config.model`.
+      longest_prompt: in tokens.
     Raises:
       InputError: a microbatch that the mesh cannot cut.
     """
 
-    def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh):
-        check_microbatch(config, mesh)
+    def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, longest_prompt: int):
+        self.shapes = plan_update(config, model.config, longest_prompt, mesh)
         self._config, self._mesh = config, mesh
         self._graphdef = nnx.graphdef(model)
         self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights
@@ -108,14 +151,20 @@ class Learner:
         advantages: np.ndarray,
     ) -> list[UpdateBatch]:
         """The batches of a step's updates, on the mesh; `scored`, `advantages` [N, G]."""
-        rollout, optimizer = self._config.rollout, self._config.optimizer
         groups, scored, taught = with_replies(tasks, groups, scored, self._config.data.teacher_loss)
         prompts = [task.prompt for task in tasks]
-        batch = pack_groups(prompts, groups, scored, rollout.prompt_buckets, rollout.completion_buckets)
-        parts = split_batch(
-            batch._replace(advantages=advantages, taught=taught), optimizer.minibatches, optimizer.microbatch
-        )
+        batch = pack_groups(prompts, groups, scored, self.shapes)
+        batch = batch._replace(advantages=advantages, taught=taught)
+        parts = split_batch(batch, self._config.optimizer.minibatches, self.shapes.microbatch)
         return [place_batch(part, self._mesh, row_axis=1) for part in parts]
+
+    def programs(self, state: TrainState) -> list[Program]:
+        """What updates, and log-probabilities before them, run from this state (or its shapes) on."""
+        state, base = shapes_of(state), shapes_of(self._base)
+        minibatches = minibatch_shapes(self._config, self.shapes, self._mesh)
+        weights = nnx.merge_state(state.params, base)
+        scored = [weights] * self.scores
+        return update_programs(self._graphdef, self._update, self._config, minibatches, state, base, scored)
 
     @property
     def scores(self) -> bool:

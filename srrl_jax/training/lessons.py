@@ -22,21 +22,27 @@ from srrl_jax.training.experience import Task
 RIGHT = (Criterion("Gives the teacher's verdict", 1.0),)
 
 
-def load_lessons(source: str, grader: Grader, config: TrainConfig, first_row: int) -> list[Task]:
+def load_lessons(
+    source: str, grader: Grader, config: TrainConfig, first_row: int, positions: int
+) -> list[Task]:
     """A task for each readable verdict of a file that `srrl grade` wrote, numbered from `first_row` on.
 
+    Args:
+      positions: that the model has.
     Raises:
-      InputError: names file, line and mend; or the length and `rollout.prompt_buckets` to enlarge.
+      InputError: names file, line and mend; or the length, and the limit that it is over.
     """
+    limit = min(positions - config.rollout.max_new_tokens, config.rollout.max_prompt_tokens or positions)
     lessons: list[Task] = []
     for number, row in enumerate(iter_jsonl(source), start=1):
         for item, met, reason in _pairs(row, f"{source}: object {number}"):
             prefix, (branch,) = grader.encode(item)
-            prompt, longest = prefix + branch, config.rollout.prompt_buckets[-1]
-            if len(prompt) > longest:
+            prompt = prefix + branch
+            if len(prompt) > limit:
                 raise InputError(
-                    f"{source}: object {number}: the grader's prompt takes {len(prompt)} tokens, over the "
-                    f"largest of rollout.prompt_buckets ({longest}); enlarge it or leave the row out"
+                    f"{source}: object {number}: the grader's prompt takes {len(prompt)} tokens, over "
+                    f"{limit} (rollout.max_prompt_tokens, or what rollout.max_new_tokens leaves of the "
+                    f"model's {positions} positions); leave the row out"
                 )
             opening = grader.question.opening + (grader.question.skeleton if grader.question.forced else "")
             name = f"lesson:{row.get('prompt_id', number)}:{len(lessons)}"

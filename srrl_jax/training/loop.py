@@ -28,7 +28,7 @@ from srrl_jax.training.monitor import control_items, control_metrics, eval_metri
 from srrl_jax.training.own import GraderFunction, Reward, bring
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
-from srrl_jax.training.run import check_identity, check_processes, check_run, load_tasks
+from srrl_jax.training.run import check_identity, check_processes, check_run, load_tasks, run_programs
 from srrl_jax.training.session import OnStep, Session
 
 TRAIN, HELD_OUT = 0, 1  # streams of random keys within a step; resampled groups have those from 2 on
@@ -71,25 +71,29 @@ def train(
     config = own.config
     changes = check_run(config)
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, held_out, identity = load_tasks(config, tokenizer, own.rows)
-    identity |= own.identity
+    run_tasks = load_tasks(config, tokenizer, own.rows)
+    tasks, lessons, held_out = run_tasks.train, run_tasks.lessons, run_tasks.held_out
+    identity = run_tasks.identity | own.identity
     check_processes(config, identity)
     changes += check_identity(config, identity)
     mesh = make_mesh(config.mesh)
 
     with (
+        open_teacher(config) as teacher,
         sole_writer(f"{config.run_dir}/writer"),
         computing(mesh, config.dtype, config.matmul_precision),
-        open_teacher(config) as teacher,
     ):
         model = network(config)
-        actor = make_actor(model, tokenizer, config, mesh)
-        learner = Learner(model, config, mesh)
+        lengths = run_tasks.lengths(config)
+        actor = make_actor(model, tokenizer, config, mesh, lengths)
+        learner = Learner(model, config, mesh, lengths.longest_prompt)
         weights = {"weights": learner.fingerprint()}
         changes += check_identity(config, weights)
 
         with Session(config, changes, identity | weights, callbacks) as session:
             state = session.resume(learner.start())
+            session.note_dropped(run_tasks.dropped)
+            session.compile_ahead(run_programs(config, actor, learner, state), mesh)
 
             def keys_of(step: int, stream: int) -> jax.Array:
                 """Random keys of the rollout and of the grading of a step."""

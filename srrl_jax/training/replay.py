@@ -76,7 +76,8 @@ def replay(
         raise InputError(f"{run_dir}: there is no training step {step}; the last one is {last}")
     logged = metrics[step]
     tokenizer = load_tokenizer(config.model)
-    tasks, lessons, _, identity = load_tasks(config, tokenizer, own.rows)
+    run_tasks = load_tasks(config, tokenizer, own.rows)
+    tasks, lessons, identity = run_tasks.train, run_tasks.lessons, run_tasks.identity
     if identity["rows"] != known.get("rows", identity["rows"]):
         raise _other(run_dir, "rows")
     mesh = make_mesh(config.mesh)
@@ -85,7 +86,7 @@ def replay(
         computing(mesh, config.dtype, config.matmul_precision),
         Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints,
     ):
-        learner = Learner(network(config), config, mesh)
+        learner = Learner(network(config), config, mesh, run_tasks.lengths(config).longest_prompt)
         state = learner.start()
         start = max((done for done in checkpoints.steps() if done < step), default=0)
         if start:

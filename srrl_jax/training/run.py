@@ -12,18 +12,25 @@ import jax
 import yaml
 
 from srrl_jax import storage
+from srrl_jax.actor import Actor
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader
+from srrl_jax.grading import Grader, GradingItem
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
+from srrl_jax.models.weights import read_config
 from srrl_jax.parallel import gather
+from srrl_jax.programs import Program
 from srrl_jax.rubrics import Example
+from srrl_jax.sampling import RowLengths
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.trackers import find_tracker
+from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
+from srrl_jax.training.learner import Learner
 from srrl_jax.training.lessons import load_lessons
+from srrl_jax.training.shapes import RunLengths
 
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
 # rounding), but how long the run is, what is kept, and how often it is measured.
@@ -126,36 +133,66 @@ class Tasks(NamedTuple):
 
     Attributes:
       identity: hashes of them and of the templates and the tokenizer that made them tokens.
+      dropped: the rows that were too long, in words.
+      instructions: tokens that all prompts of the grader begin with.
     """
 
     train: list[Task]
     lessons: list[Task]
     held_out: list[Task]
     identity: dict[str, str]
+    dropped: list[str]
+    instructions: tuple[int, ...]
+
+    def lengths(self, config: TrainConfig) -> RunLengths:
+        """Of all rows that are sampled and graded."""
+        rollout = [RowLengths(len(t.prompt), [0] * config.group_size) for t in self.train + self.lessons]
+        rollout += [RowLengths(len(t.prompt), [0] * config.eval.samples) for t in self.held_out]
+        return RunLengths(rollout, [t.asked for t in self.train + self.held_out], self.instructions)
 
 
 def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example] | None = None) -> Tasks:
-    """Reads all rows and checks them against the bucket table; `rows` take the place of data.train."""
+    """Reads and tokenizes all rows; `rows` take the place of data.train.
+
+    Raises:
+      InputError: what cannot be read, is too long, or is in training and held-out rows alike.
+    """
     examples = load_examples(config.data.train, config.data.fields) if rows is None else rows
     if config.data.minus is not None:
         examples = subtract(examples, load_examples(config.data.minus, config.data.fields))
     examples = select(examples, config.data.where)
-    tasks = encode_tasks(examples, config.data.train, tokenizer, config)
+    grader = Grader.at(config.grading, tokenizer)
+    positions = read_config(config.model).max_position_embeddings
+    train, dropped = encode_tasks(examples, config.data.train, grader, config, positions)
+    if not train:
+        raise InputError(f"{config.data.train}: no row is left; the first that was too long: {dropped[0]}")
     identity = {"rows": _of_rows(examples), "grader_template": _sha256(config.grading.read_template())}
     identity |= zip(("tokenizer", "chat_template"), map(_sha256, tokenizer.made_of), strict=True)
     if config.teacher:
         identity["teacher_template"] = _sha256(config.teacher.read_template())
     lessons, held_out = [], []
     if config.data.teacher is not None:
-        grader = Grader.at(config.grading, tokenizer)
-        lessons = load_lessons(config.data.teacher, grader, config, first_row=len(tasks))
+        lessons = load_lessons(config.data.teacher, grader, config, len(examples), positions)
         identity["lessons"] = _sha256(json.dumps(read_jsonl(config.data.teacher)))
     if config.data.eval is not None:
         held_out = load_examples(config.data.eval, config.data.fields)
         check_disjoint(examples, held_out)
         identity["held_out_rows"] = _of_rows(held_out)
-        held_out = encode_tasks(held_out[: config.eval.rows], config.data.eval, tokenizer, config)
-    return Tasks(tasks, lessons, held_out, identity)
+        rows = held_out[: config.eval.rows]
+        held_out, more = encode_tasks(rows, config.data.eval, grader, config, positions)
+        dropped += more
+    asked = (grader.question.prefix(GradingItem(t.example.prompt, "", ())) for t in train + held_out)
+    return Tasks(train, lessons, held_out, identity, dropped, grader.question.shared(asked))
+
+
+def run_programs(config: TrainConfig, actor: Actor, learner: Learner, state: TrainState) -> list[Program]:
+    """All large programs of a run, in the order of a step; `state` may be shapes."""
+    grades = config.judge in ("policy", "frozen") or config.data.eval is not None
+    acting = actor.programs(learner.policy(state.params), grades, replaced=config.frozen_grades)
+    found: dict[tuple, Program] = {}
+    for program in [*acting, *learner.programs(state)]:  # both roles move weights by one program
+        found.setdefault((program.function, str(program.args[1:]), str(program.static)), program)
+    return list(found.values())
 
 
 def check_processes(config: TrainConfig, identity: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Self
 
 import jax
@@ -14,6 +13,7 @@ from rich.text import Text
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main
+from srrl_jax.programs import Compiled, Program, compile_ahead
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.telemetry.trackers import Trackers
@@ -30,6 +30,7 @@ from srrl_jax.training.run import write_config
 _SAFE = ("rollout", "grade", "logprob")
 OnStep = Callable[[int, Mapping[str, float], Sequence[dict]], None]
 _BEAT = 5.0  # seconds
+_LATE = 1.0  # seconds that a compilation in the middle of a run takes to be told of
 
 
 class Session:
@@ -60,6 +61,7 @@ class Session:
         self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
         self._saved: int | None = None
         self._next_beat = 0.0
+        self._compiled = False  # ahead, all that was known
         self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -71,7 +73,7 @@ class Session:
             self._live = stack.enter_context(LiveTable(self._config.steps, console))
             self._preemption = Preemption(c.preemption_seconds, self._give_up, self._told)
             stack.enter_context(self._preemption)
-            stack.enter_context(each_compilation(self._live.compiling, partial(self._took, "compile")))
+            stack.enter_context(each_compilation(self._live.compiling, self._compiled_late))
             if is_main():
                 c = self._config
                 self._trackers = stack.enter_context(Trackers(c.trackers, self._run_dir, c.to_dict()))
@@ -106,6 +108,27 @@ class Session:
         changed = f"; {'; '.join(self._changes)}" if self._changes else ""
         self._event("resume", f"from the checkpoint of step {self.step}{changed}")
         return self._state
+
+    def compile_ahead(self, programs: Sequence[Program], mesh: jax.sharding.Mesh) -> None:
+        """Compiles all programs of the run, or loads them from JAX's cache; later compilations are events."""
+        with self.phase("compile") as tell:
+            done = 0
+
+            def told(compiled: Compiled, total: int) -> None:
+                nonlocal done
+                done += 1
+                self._live.compiling(compiled.name)
+                tell(done, total)
+
+            compile_ahead(programs, mesh, told)
+        self._live.compiling("")
+        self._compiled = True
+
+    def _compiled_late(self, name: str, seconds: float) -> None:
+        """Tells of a program that was not compiled ahead; small ones are not worth it."""
+        self._took("compile", seconds if self._compiled else 0.0)
+        if self._compiled and seconds > _LATE:
+            self._event("compiled", f"{name} in the middle of the run, {seconds:.1f} s")
 
     def remaining(self) -> Iterator[int]:
         """The steps that are to be done, up to a warning where it ends the run.
@@ -151,6 +174,11 @@ class Session:
     def _took(self, name: str, seconds: float) -> None:
         """Adds to the time of a part of the step, which may come several times."""
         self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + seconds
+
+    def note_dropped(self, rows: Sequence[str]) -> None:
+        """Tells of rows that were too long, all of them."""
+        if rows:
+            self._event("dropped rows", f"{len(rows)} by data.too_long: {'; '.join(rows)}")
 
     def note_skipped(self, step: int, learnt: Sequence[dict], minibatches: Sequence[UpdateBatch]) -> None:
         """Counts and tells of a step's updates that were skipped."""
@@ -246,16 +274,16 @@ class Session:
 
 
 @contextmanager
-def each_compilation(name: Callable[[str], None], tell: Callable[[float], None]) -> Iterator[None]:
+def each_compilation(name: Callable[[str], None], tell: Callable[[str, float], None]) -> Iterator[None]:
     """Calls `name` with each program that JAX begins to compile, or to load from its cache, and with "" after
-    it; `tell` with the seconds that it took."""
+    it; `tell` with the program and the seconds that it took."""
 
     def listen(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # what comes before
             name(fun_name)
         elif event == "/jax/core/compile/backend_compile_duration":
             name("")
-            tell(seconds)
+            tell(fun_name, seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

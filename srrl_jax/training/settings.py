@@ -12,6 +12,17 @@ from srrl_jax.errors import InputError
 from srrl_jax.starting import recipes
 
 _PACKAGE = "package:"
+_BY_ROWS = "shapes follow from the rows; leave it out"
+# Keys that recipes once had, and what took their place.
+_RETIRED = {
+    "rollout.prompt_buckets": f"{_BY_ROWS}, or limit prompts by rollout.max_prompt_tokens and data.too_long",
+    "rollout.completion_buckets": f"{_BY_ROWS}; the limit is rollout.max_new_tokens",
+    "rollout.rows": f"{_BY_ROWS}, or limit what runs at a time by rollout.memory_gb",
+    "grading.prefix_buckets": _BY_ROWS,
+    "grading.criterion_buckets": _BY_ROWS,
+    "grading.criteria_buckets": _BY_ROWS,
+    "grading.rows": f"{_BY_ROWS}, or limit what runs at a time by grading.memory_gb",
+}
 
 
 def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str, Any]:
@@ -105,6 +116,8 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -
     """Refuses keys that the dataclass `kind` does not have, and names the nearest that it has."""
     fields = {field.name: _section(field.type) for field in dataclasses.fields(kind)}
     for key, value in values.items():
+        if f"{path}{key}" in _RETIRED:
+            raise InputError(f"{where}: {path}{key}: is no key any more; {_RETIRED[f'{path}{key}']}")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {path + near[0]!r}?" if near else f"known: {', '.join(fields)}"

@@ -13,11 +13,10 @@ from srrl_jax.grading.asking import closing_ids
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
-BUCKETS = Buckets(prefix=(120,), fan_out=(8,), branch=(20,), rows=(4,))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def grader(model):
     def make(temperature=1.0, room=120, **options):
         sampler = Sampler(
             model,
-            Buckets((room,), BUCKETS.fan_out, BUCKETS.branch, BUCKETS.rows),
+            [RowLengths(room, [20] * 8)] * 4,
             new_tokens=1,
             stop_ids=tokenizer.stop_ids,
             sampling=SamplingConfig(temperature=temperature),
@@ -78,7 +77,7 @@ def test_constrained_draws_at_the_temperature(grader, params, items, monkeypatch
     assert [[v.met for v in row] for row in greedy] == hard
 
     scored = [np.log([[v.probability, 1 - v.probability] for v in row]) for row in greedy[:2]]
-    monkeypatch.setattr("srrl_jax.grading.grader.score", lambda *_: scored)
+    monkeypatch.setattr(Sampler, "score", lambda *_: scored)
 
     def share(**options) -> np.ndarray:
         judge = grader(verdict="constrained", **options)

@@ -12,7 +12,7 @@ from srrl_jax.grading import Grader, GradingItem
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
@@ -20,13 +20,13 @@ TEMPERATURE = 5.0  # at which the tokens of this model are far from certain
 
 
 def test_a_gap_is_that_to_the_whole_sequence_without_8_bits(monkeypatch):
-    """Of the first reply to each of as many responses as the smallest wave has."""
+    """Of the first reply to each of as many responses as are prefilled together."""
     model, tokenizer = Qwen3.from_pretrained(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
     rows, pairs = load_examples(WORLD / "hard.jsonl"), grader_pairs()[:3]
     items = [GradingItem(said, response, rows[i].rubrics) for i, (said, response, *_) in enumerate(pairs)]
     sampler = Sampler(
         model,
-        Buckets(prefix=(120,), fan_out=(8,), branch=(16,), rows=(2, 4)),
+        [RowLengths(120, [16] * 8)] * 2,
         new_tokens=20,
         stop_ids=tokenizer.stop_ids,
         sampling=SamplingConfig(TEMPERATURE),

@@ -13,7 +13,7 @@ from srrl_jax.grading.asking import SKELETON, Question
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, criterion_prompt, grader_prompt, load_template
-from srrl_jax.sampling import Buckets, Completion, Sampler, SamplingConfig
+from srrl_jax.sampling import Completion, RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
@@ -55,19 +55,17 @@ class Scripted:
 
     def __init__(self, script: dict[str, list[str]], room: int = 1000):
         self.script = {name: iter(replies) for name, replies in script.items()}
-        self.buckets = Buckets(prefix=(room,), fan_out=(8,))
+        self.longest_prefix = room
         self.stop_ids, self.int8_weights = (1, 2), False
         self.calls: list[Call] = []
 
-    def ready(self, params):
+    def prepare(self, params):
         return params
 
-    def generate(self, params, prefixes, branches, key, row_ids=None, on_wave=lambda done, total: None):
+    def generate(self, params, prefixes, branches, key, row_ids, on_wave, stop_ids):
         text = Letters().decode
         asked = [[text(branch) for branch in row] for row in branches]
-        self.calls.append(
-            Call([text(prefix) for prefix in prefixes], asked, list(row_ids), key, self.stop_ids)
-        )
+        self.calls.append(Call([text(prefix) for prefix in prefixes], asked, list(row_ids), key, stop_ids))
         return [[self._reply(branch) for branch in row] for row in asked]
 
     def _reply(self, branch: str) -> Completion:
@@ -257,13 +255,16 @@ def test_a_thought_that_the_template_opens_hides_what_it_says():
     assert a.met is None
 
 
+PLANNED = [RowLengths(120, [16] * 8)] * 4
+
+
 @pytest.fixture(scope="module")
 def embedded():
     """A grader with the embedded checkpoint, and its weights."""
     model, tokenizer = Qwen3.from_pretrained(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
     sampler = Sampler(
         model,
-        Buckets(prefix=(120,), fan_out=(8,), branch=(16,), rows=(4,)),
+        PLANNED,
         new_tokens=20,
         stop_ids=tokenizer.stop_ids,
         allowed=tokenizer.size,
@@ -293,7 +294,7 @@ def test_the_embedded_model_gives_verdicts_that_can_be_read(embedded, answered):
     assert {verdict.met for verdict in flat} >= {True, False}
     assert all(1 <= v.tries <= 2 and 1 <= v.tokens <= 20 * v.tries for v in flat)
     total = sum(map(len, verdicts))
-    assert told[1] == (total, total)  # two waves of four rows
+    assert (total, total) in told[1:]  # not all six rows run at a time
 
 
 def test_a_response_is_read_once_for_all_its_criteria(embedded, answered):
@@ -315,7 +316,7 @@ def test_greedy_verdicts_depend_on_neither_order_nor_company(embedded, answered)
     grader, params = embedded
     sampler = Sampler(
         Qwen3.from_pretrained(WORLD / "checkpoint"),
-        grader.sampler.buckets,
+        PLANNED,
         new_tokens=20,
         stop_ids=grader.tokenizer.stop_ids,
         sampling=SamplingConfig(temperature=0.0),

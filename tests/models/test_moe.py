@@ -9,7 +9,7 @@ from flax import nnx
 from srrl_jax.models import Qwen3Config
 from srrl_jax.models.moe import MoE, mix_experts
 from srrl_jax.models.names import tensor_names
-from srrl_jax.models.qwen3 import _runs
+from srrl_jax.models.qwen3 import layer_runs
 from srrl_jax.models.ragged import outer_products
 
 TOKENS, K, EXPERTS, HIDDEN, INNER = 12, 2, 5, 8, 6
@@ -83,7 +83,7 @@ def test_padding_goes_nowhere():
 
 def test_runs_of_layers():
     def seen(has_experts):
-        return [(e, (a.start, a.stop), (b.start, b.stop)) for e, a, b in _runs(has_experts)]
+        return [(e, (a.start, a.stop), (b.start, b.stop)) for e, a, b in layer_runs(has_experts)]
 
     assert seen([False] * 3) == [(False, (0, 3), (0, 3))]
     assert seen([True, False, False, True]) == [

@@ -381,7 +381,7 @@ def test_the_load_balancing_loss_is_that_of_transformers(torch):
             output_router_logits=True,
         ).aux_loss  # fmt: skip
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)[:, None]
-    *_, load = model.extend(tokens[:, None], positions, mask[:, None], return_load=True)
+    *_, load = model.extend(tokens[:, None], positions, mask[:, None])
     assert float(load.imbalance()) == pytest.approx(float(expected), rel=1e-5) and expected > 2.01
 
 
@@ -413,7 +413,7 @@ def test_hidden_states_of_every_layer(torch, relative_error, fields):
                 if not rows:
                     del state[stack]
         nnx.update(part, state)
-        hidden, _ = part.extend(tokens[:, None], positions, np.ones_like(positions, bool))
+        hidden, *_ = part.extend(tokens[:, None], positions, np.ones_like(positions, bool))
         assert relative_error(hidden[:, 0], expected[layers - 1]) < 1e-5
 
 

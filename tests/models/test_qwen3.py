@@ -51,7 +51,7 @@ def test_golden_hidden_states(golden, relative_error):
     model, expected = golden
     tokens = expected["input_ids"][:, None]
     positions = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
-    hidden, _ = model.extend(tokens, positions, np.ones(tokens.shape, bool))
+    hidden, *_ = model.extend(tokens, positions, np.ones(tokens.shape, bool))
     assert relative_error(hidden[:, 0], expected["hidden_states"][-1]) < 1e-5
     embedded = model.embed_tokens.weight[...][expected["input_ids"]]
     np.testing.assert_array_equal(embedded, expected["hidden_states"][0])
@@ -98,7 +98,7 @@ def test_tree_equals_flat(tiny, relative_error, fields):
 
     prefix_mask = np.arange(width) < prefix_lengths[:, None]
     steps = np.broadcast_to(np.arange(width), (2, 1, width))
-    _, (k, v) = model.extend(prefixes[:, None], steps, prefix_mask[:, None])
+    _, (k, v), _ = model.extend(prefixes[:, None], steps, prefix_mask[:, None], states=False)
     positions = prefix_lengths[:, None, None] + np.broadcast_to(np.arange(depth), (2, 2, depth))
     branch_mask = np.arange(depth) < branch_lengths[..., None]
     context = [Segment(k, v, prefix_mask[:, None, None])]
@@ -108,7 +108,7 @@ def test_tree_equals_flat(tiny, relative_error, fields):
         flat[n, b, :p], flat[n, b, p : p + depth] = prefixes[n, :p], branches[n, b]
     expected = model(flat.reshape(4, -1)).reshape(2, 2, width + depth, -1)
     for remat in ("none", "full", "dots"):
-        hidden, _ = model.extend(branches, positions, branch_mask, context, remat=remat)
+        hidden, *_ = model.extend(branches, positions, branch_mask, context, remat=remat)
         logits = model.logits(hidden)
         for n, b in np.ndindex(2, 2):
             p, length = prefix_lengths[n], branch_lengths[n, b]
@@ -120,22 +120,21 @@ def test_tree_equals_flat(tiny, relative_error, fields):
     [{}, EXPERTS, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}],
     ids=["dense", "experts", "sliding"],
 )
-def test_some_states_of_all(tiny, relative_error, fields):
-    """Sequences in lanes on top of a prefix, padded; the keys and values are those of all tokens."""
+def test_keys_and_values_alone(tiny, fields):
+    """Of sequences in lanes on top of a prefix, padded: the last layer leaves out the rest."""
     model = tiny(**fields)
     tokens = np.random.default_rng(0).integers(0, 96, (2, 3, 6))
     prefix = np.arange(5)[None, None]
-    _, (k, v) = model.extend(prefix, prefix, np.ones(prefix.shape, bool))
+    _, (k, v), _ = model.extend(prefix, prefix, np.ones(prefix.shape, bool))
     context = [Segment(k, v, np.ones((1, 1, 1, 5), bool), prefix)]
     owners = np.array([[0, 0, 0, 1, 1, 2], [3, 3, 3, 3, 3, -1], [4, 4, 5, 5, 5, 5]])
     positions = 5 + np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3]])
     owners, positions = (np.broadcast_to(x, tokens.shape) for x in (owners, positions))
-    reads = np.array([[2, 4, 5, 10, 13], [17, 0, 0, 7, 12]])
-    hidden, every = model.extend(tokens, positions, owners >= 0, context, owners=owners)
-    some, kept = model.extend(tokens, positions, owners >= 0, context, owners=owners, reads=reads)
-    wanted = np.take_along_axis(np.asarray(hidden).reshape(2, 18, -1), reads[..., None], axis=1)
-    assert relative_error(some, wanted) < 1e-5
-    for x, y in zip(every, kept, strict=True):
+    options = dict(context=context, owners=owners)
+    _, every, _ = model.extend(tokens, positions, owners >= 0, **options)
+    states, alone, _ = model.extend(tokens, positions, owners >= 0, **options, states=False)
+    assert states is None
+    for x, y in zip(every, alone, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
@@ -150,7 +149,7 @@ def test_own_context_equals_flat(tiny, relative_error, fields):
     for start, stop in ((0, 4), (4, 8), (8, 9)):
         part = sequences[:, : 1 if start == 0 else 2, start:stop]
         positions = np.broadcast_to(np.arange(start, stop), part.shape)
-        hidden, (k, v) = model.extend(part, positions, np.ones(part.shape, bool), context)
+        hidden, (k, v), _ = model.extend(part, positions, np.ones(part.shape, bool), context)
         context.append(Segment(k, v, np.ones((1, 1, 1, stop - start), bool)))
     for b in range(2):
         last = model(sequences[:, b])[:, -1:]

@@ -8,7 +8,7 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch, branch_logprobs
 from srrl_jax.models.attention import Segment
-from srrl_jax.models.tree import LaneBatch, extend_branches, extend_prefix, last_states
+from srrl_jax.models.tree import LaneBatch, extend_branches, extend_prefix, prefill
 
 SLIDING = {
     "use_sliding_window": True,
@@ -83,12 +83,12 @@ def test_decoding_equals_flat(tiny, tree, relative_error):
 
     @jax.jit
     def decode(model):
-        state, *context = last_states(model, in_lanes(tree))
+        *context, state = prefill(model, in_lanes(tree), states=True)
         hidden = [state]
         for i in range(3):
             positions = (tree.prefix_lengths[:, None] + tree.branch_lengths + i)[..., None]
             seen = jnp.ones((2, 3, 1), bool)
-            step, (k, v) = model.extend(new[..., i : i + 1], positions, seen, context)
+            step, (k, v), _ = model.extend(new[..., i : i + 1], positions, seen, context)
             context.append(Segment(k, v, seen[:, :, None], positions))
             hidden.append(step[:, :, 0])
         return model.logits(jnp.stack(hidden, axis=2)).reshape(6, 4, -1)

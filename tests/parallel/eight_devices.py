@@ -15,12 +15,12 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.parallel import MeshConfig, make_mesh, place_batch, shardings
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig, sampler
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 random = np.random.default_rng(0)
 PREFIXES = [random.integers(0, 512, n).tolist() for n in (9, 14, 5, 16, 11)]
 BRANCHES = [[random.integers(0, 512, n).tolist() for n in (3, 0)] for _ in PREFIXES]
-TABLE = Buckets(prefix=(16,), branch=(4,), fan_out=(2,), rows=(4,))
+ROWS = [RowLengths(16, [4, 4])] * 4
 TREE = TreeBatch(
     random.integers(0, 512, (8, 12)),
     np.array([12, 7, 3, 10] * 2),
@@ -37,16 +37,20 @@ EXPERTS = Qwen3Config.from_hf(
 )  # fmt: skip
 
 
-def sample(model, mesh):
-    """Tokens and log-probabilities of all completions."""
-    run = Sampler(
+def make(model, mesh) -> Sampler:
+    return Sampler(
         model,
-        TABLE,
+        ROWS,
         new_tokens=8,
         stop_ids=range(0, 512, 10),
         sampling=SamplingConfig(0.8, top_k=50),
         mesh=mesh,
     )
+
+
+def sample(model, mesh):
+    """Tokens and log-probabilities of all completions."""
+    run = make(model, mesh)
     results = run.generate(nnx.state(model), PREFIXES, BRANCHES, jax.random.key(3))
     completions = [completion for row in results for completion in row]
     return [c.tokens.tolist() for c in completions], [c.logprobs.tolist() for c in completions]
@@ -105,33 +109,15 @@ def groups(line: str) -> list[list[int]]:
     return np.moveaxis(mesh, along, range(-len(along), 0)).reshape(-1, size).tolist()
 
 
-def programs_of(call):
-    """What `call` returns, and the text of the jitted programs of sampling that it runs, by name."""
-    texts, real = {}, {name: getattr(sampler, name) for name in ("unstack", "prefill", "admit", "decode")}
-
-    def spy(name):
-        def run(*args, **kwargs):
-            if name not in texts:
-                texts[name] = real[name].lower(*args, **kwargs).compile().as_text()
-            return real[name](*args, **kwargs)
-
-        return run
-
-    for name in real:
-        setattr(sampler, name, spy(name))
-    result = call()
-    for name, function in real.items():
-        setattr(sampler, name, function)
-    return result, texts
-
-
 def main(folder: str) -> None:
     alone = Qwen3.from_pretrained(folder)
     mesh = make_mesh(MeshConfig(slice=2, fsdp=2, tensor=2))
     report = {"devices": jax.device_count(), "one": sample(alone, None)}
     with jax.set_mesh(mesh):
         cut = Qwen3.from_pretrained(folder, mesh=mesh)
-        report["mesh"], texts = programs_of(lambda: sample(cut, mesh))
+        report["mesh"] = sample(cut, mesh)
+        programs = make(cut, mesh).programs(nnx.state(cut))
+        texts = {program.kind: program.lower().compile().as_text() for program in programs}
         program = gradient.lower(cut, place_batch(TREE, mesh)).compile()
         cut_gradient = program(cut, place_batch(TREE, mesh))
     texts["gradient"] = program.as_text()
@@ -166,10 +152,6 @@ def main(folder: str) -> None:
         shardings(state, make_mesh(MeshConfig(fsdp=1, expert=8)))
     except InputError as error:
         report["experts_error"] = str(error)
-    try:
-        Sampler(cut, Buckets(prefix=(16,), fan_out=(1,), rows=(4, 6)), new_tokens=1, stop_ids=(), mesh=mesh)
-    except InputError as error:
-        report["rows_error"] = str(error)
     print(json.dumps(report))
 
 

@@ -9,7 +9,9 @@ import pytest
 from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.plan import model_config
 from srrl_jax.planning.programs import Setup
+from srrl_jax.sampling import RowLengths
 from srrl_jax.training import TrainConfig
+from srrl_jax.training.shapes import RunLengths
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "srrl_jax" / "tinyworld"
@@ -24,8 +26,6 @@ def planned():
         "prompts_per_step=8",
         "group_size=4",
         "optimizer.microbatch=4",
-        "rollout.rows=[8]",
-        "grading.rows=[8]",
         "mesh.fsdp=2",
         "mesh.tensor=2",
     ]
@@ -54,7 +54,18 @@ def h100() -> Topology:
 
 
 @pytest.fixture(scope="session")
-def setup(planned, v6e) -> Setup:
+def setup(planned, v6e, make_setup) -> Setup:
     """Of the small recipe on four chips, fsdp 2 x tensor 2."""
-    config = planned("rollout.prompt_buckets=[80]")
-    return Setup.of(config, model_config(config.model), v6e.devices())
+    return make_setup(planned(), v6e.devices(), prompt=256)
+
+
+@pytest.fixture(scope="session")
+def make_setup():
+    """Of a recipe whose rows have prompts of so many tokens, and eight criteria."""
+
+    def make(config: TrainConfig, devices: list, sizes=None, prompt: int = 32) -> Setup:
+        asked = RowLengths(prompt + 40, [16] * 8)
+        lengths = RunLengths([RowLengths(prompt, [0] * config.group_size)] * 8, [asked])
+        return Setup.of(config, sizes or model_config(config.model), devices, lengths)
+
+    return make

@@ -19,18 +19,24 @@ from srrl_jax.planning.programs import Compiler, Setup
 pytestmark = pytest.mark.usefixtures("uncached")
 
 
+def compiled(setup: Setup, group: str) -> Compiler:
+    """What the compiler makes of a group of programs."""
+    compiler = Compiler(group)
+    with jax.set_mesh(setup.mesh):
+        for program, held in setup.programs(group).values():
+            compiler(program, held)
+    return compiler
+
+
 @pytest.fixture(scope="module")
 def rollout(setup):
-    compiler = Compiler("rollout")
-    with jax.set_mesh(setup.mesh):
-        programs.sampling(compiler, setup, setup.config.prompts_per_step)
-    return compiler
+    return compiled(setup, "rollout")
 
 
 def test_the_programs_of_a_rollout(rollout):
     names = [compiled.name.removeprefix("rollout/") for compiled in rollout.found]
-    assert names == ["unstack", "empty", "prefill", "admit", "resize", "decode"]
-    assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
+    assert names == ["relayout", "empty caches", "prefill", "decode"]
+    assert all(found.peak_bytes > found.held_bytes > 0 for found in rollout.found)
 
 
 def gathered_in_decoding(compiler: Compiler) -> int:
@@ -46,18 +52,16 @@ def test_no_weights_are_gathered_while_decoding(rollout, setup):
     assert gathered_in_decoding(rollout) < smallest
     found = collectives(rollout.texts["rollout/decode"])
     assert any(c.loops and c.kind == "all-reduce" for c in found), "tensor parallelism sums in the loop"
-    moved = collectives(rollout.texts["rollout/unstack"])
+    moved = collectives(rollout.texts["rollout/relayout"])
     assert sum(c.bytes for c in moved if c.kind == "all-gather") > smallest, "they are gathered before it"
 
 
-def test_no_weights_of_experts_are_gathered_while_decoding(planned, v6e):
+def test_no_weights_of_experts_are_gathered_while_decoding(planned, v6e, make_setup):
     """The slots of an `expert` group are."""
     config = planned("mesh.fsdp=2", "mesh.tensor=1", "mesh.expert=2")
-    setup, compiler = Setup.of(config, with_experts(config), v6e.devices()), Compiler("rollout")
-    with jax.set_mesh(setup.mesh):
-        programs.sampling(compiler, setup, config.prompts_per_step)
-    slots = config.rollout.rows[-1] * config.group_size
-    assert gathered_in_decoding(compiler) == slots // 2 * setup.model.config.hidden_size * 4
+    setup = make_setup(config, v6e.devices(), with_experts(config))
+    slots = setup.rollout.shapes.slots
+    assert gathered_in_decoding(compiled(setup, "rollout")) == slots // 2 * setup.model.config.hidden_size * 4
 
 
 def with_experts(config):
@@ -70,20 +74,19 @@ def test_weights_move_into_the_place_of_those_before(setup):
     """Where frozen weights grade: the re-layout's results lie in what is donated, as training's stay."""
     compiler = Compiler("grade")
     with jax.set_mesh(setup.mesh):
-        made = compiler(
-            programs.unstack, setup.grading.graphdef, setup.params, setup.decoding, setup.mesh, False
-        )
-    assert compiler.texts["grade/unstack"].count("may-alias") == len(jax.tree.leaves(made))
-    facts = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, setup.decoding)]
+        made = compiler(setup.grading.relayout(setup.params, replaces=True))
+    assert compiler.texts["grade/relayout"].count("may-alias") == len(jax.tree.leaves(made))
+    facts = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, setup.grading.decoding)]
     assert facts[0] == facts[1]
 
 
 def test_no_device_holds_the_cache_of_another(rollout, setup):
     slots, heads = 8 * 4, setup.model.config.num_key_value_heads
-    for name in ("decode", "admit", "resize"):
-        assert f"[{slots // 2},{heads // 2},32," in rollout.texts[f"rollout/{name}"]
-        assert f"[{slots},{heads}," not in rollout.texts[f"rollout/{name}"]
-    layers, rows, text = setup.model.config.num_hidden_layers, slots // 4, rollout.texts["rollout/prefill"]
+    layers, rows = setup.model.config.num_hidden_layers, setup.rollout.shapes.prefill[-1].rows
+    for name in ("decode", "prefill"):
+        assert f"[{layers},{slots // 2},{heads // 2},32," in rollout.texts[f"rollout/{name}"]
+        assert f"{slots},{heads}," not in rollout.texts[f"rollout/{name}"]
+    text = rollout.texts["rollout/prefill"]
     assert f"[{layers},{rows // 2},{heads // 2},1," in text
     assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
 
@@ -93,12 +96,7 @@ def updating(setup):
     """The compiler, and what the update gives back."""
     compiler = Compiler("update")
     with jax.set_mesh(setup.mesh):
-        program = programs.make_update(
-            setup.graphdef, setup.config, programs.make_optimizer(setup.config.optimizer)
-        )
-        params, opt_state, _ = compiler(
-            program, setup.learnt, setup.opt_state, programs.largest_minibatch(setup), setup.base
-        )
+        params, opt_state, _ = compiler(setup.programs("update")["update"][0])
     return compiler, (params, opt_state)
 
 
@@ -126,10 +124,10 @@ def pieces(setup, rows: int, tokens: int) -> tuple[int, int, int]:
 @pytest.fixture(scope="module")
 def batches(setup):
     """Rows and tokens of what a prefill and an update compute."""
-    b, c = setup.rollout.buckets, setup.config
-    branches = c.group_size * c.rollout.max_new_tokens
-    updated = [(c.optimizer.microbatch, tokens) for tokens in (c.rollout.prompt_buckets[-1], branches)]
-    return {"rollout/prefill": [(b.rows[-1], b.prefix[-1])], "update/update": updated}
+    prefill, update = setup.rollout.shapes.prefill[-1], setup.shapes
+    branches = setup.config.group_size * update.completions[-1]
+    updated = [(update.microbatch, tokens) for tokens in (update.prompt, branches)]
+    return {"rollout/prefill": [(prefill.rows, prefill.prefix)], "update/update": updated}
 
 
 def test_weights_are_gathered_a_layer_at_a_time_and_activations_of_own_rows_alone(
@@ -167,42 +165,36 @@ def test_a_layer_is_summed_twice_each_way_and_handed_on_in_pieces(rollout, updat
             assert count("all-reduce", own) == 0
 
 
-def test_what_the_backward_pass_keeps_is_in_pieces(setup, batches):
+def test_what_the_backward_pass_keeps_is_in_pieces(planned, v6e, make_setup):
     """With full remat, of each layer its input."""
+    setup = make_setup(planned("optimizer.remat=full"), v6e.devices(), prompt=128)
     layers, hidden = setup.model.config.num_hidden_layers, setup.model.config.hidden_size
-    setup = setup._replace(config=dataclasses.replace(
-        setup.config, optimizer=dataclasses.replace(setup.config.optimizer, remat="full")
-    ))  # fmt: skip
-    compiler = Compiler("update")
-    with jax.set_mesh(setup.mesh):
-        programs.update(compiler, setup)
-    found = set(re.findall(rf"\[{layers},[\d,]+,{hidden}\]", compiler.texts["update/update"]))
+    text = compiled(setup, "update").texts["update/update"]
+    found = set(re.findall(rf"\[{layers},[\d,]+,{hidden}\]", text))
     kept = {math.prod(map(int, x[1:-1].split(","))) // layers for x in found}
-    for rows, tokens in batches["update/update"]:
-        _, own, piece = pieces(setup, rows, tokens)
+    for tokens in (setup.shapes.prompt, setup.config.group_size * setup.shapes.completions[-1]):
+        _, own, piece = pieces(setup, setup.shapes.microbatch, tokens)
         assert piece in kept and own not in kept
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "tensor", "least"), [(4, 1, 12), (1, 4, 6)])
 def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
-    planned, v6e, monkeypatch, fsdp, tensor, least
+    planned, v6e, make_setup, monkeypatch, fsdp, tensor, least
 ):
     """With the flags of `srrl`, at the effort of a run: parts of a gathering, of weights or of activations,
     are fused with products. What is summed is cut while it is summed."""
     config = planned(
-        f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "dtype=bfloat16", "rollout.prompt_buckets=[64]",
-        "rollout.completion_buckets=[64]", "rollout.max_new_tokens=64",
-    )  # fmt: skip
+        f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "dtype=bfloat16", "rollout.max_new_tokens=64"
+    )
     wide = dataclasses.replace(
         model_config(config.model), hidden_size=1024, intermediate_size=3072, num_attention_heads=8,
         num_key_value_heads=8, head_dim=128, num_hidden_layers=2,
     )  # fmt: skip
     options = dict(flag.removeprefix("--").split("=") for flag in TPU_FLAGS.split())
     monkeypatch.setattr(programs, "_options", lambda: options)
-    setup, compiler = Setup.of(config, wide, v6e.devices()), Compiler("update")
-    with jax.set_mesh(setup.mesh):
-        programs.update(compiler, setup)
+    setup = make_setup(config, v6e.devices(), wide, prompt=64)
+    compiler = compiled(setup, "update")
     text = compiler.texts["update/update"]
     both = [body for body in text.split("\n}") if body.lstrip().startswith("%async_collective_fusion")]
     assert len(both) >= least and all(" all-gather(" in b and " convolution(" in b for b in both)
@@ -215,16 +207,15 @@ def test_what_is_gathered_is_on_its_way_while_others_are_multiplied(
 
 
 @pytest.mark.slow
-def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
+def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e, make_setup):
     """Over `expert` and `tensor` at once, forward and backward."""
-    config = planned("mesh.fsdp=1", "mesh.tensor=2", "mesh.expert=2", "rollout.prompt_buckets=[80]")
+    config = planned("mesh.fsdp=1", "mesh.tensor=2", "mesh.expert=2")
     sizes = with_experts(config)
-    setup, compiler = Setup.of(config, sizes, v6e.devices()), Compiler("update")
-    with jax.set_mesh(setup.mesh):
-        programs.update(compiler, setup)
+    setup = make_setup(config, v6e.devices(), sizes, prompt=320)
+    compiler = compiled(setup, "update")
     found = collectives(compiler.texts["update/update"])
     in_layers = [c for c in found if c.runs == sizes.num_hidden_layers * setup.microbatches]
-    for tokens in (80, config.group_size * config.rollout.max_new_tokens):
+    for tokens in (setup.shapes.prompt, config.group_size * setup.shapes.completions[-1]):
         whole = config.optimizer.microbatch * tokens * sizes.hidden_size
         gathered = [c for c in in_layers for a in c.arrays if size(a) == whole]
         scattered = [c for c in in_layers for a in c.arrays if size(a) == whole // 4]
@@ -236,12 +227,10 @@ def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e):
 @pytest.mark.parametrize(
     "sizes", [(4, 1, 1), *(pytest.param(each, marks=pytest.mark.slow) for each in [(2, 1, 2), (1, 1, 4)])]
 )
-def test_nothing_is_scattered_over_one_device(planned, v6e, sizes):
+def test_nothing_is_scattered_over_one_device(planned, v6e, make_setup, sizes):
     """libtpu aborts on that, without a message: here no axis is cut over `fsdp`."""
     config = planned(*(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    setup, compiler = Setup.of(config, model_config(config.model), v6e.devices()), Compiler("update")
-    with jax.set_mesh(setup.mesh):
-        programs.update(compiler, setup)
+    compiler = compiled(make_setup(config, v6e.devices()), "update")
     scattered = [c for c in collectives(compiler.texts["update/update"]) if c.kind == "reduce-scatter"]
     assert all(len(group) > 1 for c in scattered for group in c.groups)
 

@@ -5,39 +5,37 @@ import re
 import jax
 import pytest
 
-from srrl_jax.planning import programs
 from srrl_jax.planning.collectives import _INSTRUCTION, KINDS, _computations, collectives
 from srrl_jax.planning.groups import groups_of, share_outside
-from srrl_jax.planning.plan import model_config
-from srrl_jax.planning.programs import Compiler, Setup
+from srrl_jax.planning.programs import Compiler
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
 
 @pytest.fixture(scope="module")
-def setup(planned, h100):
+def setup(planned, h100, make_setup):
     """In bfloat16, so with cuDNN's attention; fsdp over the two nodes, tensor within each."""
-    config = planned("dtype=bfloat16")
-    return Setup.of(config, model_config(config.model), h100.devices())
+    return make_setup(planned("dtype=bfloat16"), h100.devices())
 
 
 @pytest.fixture(scope="module")
 def rollout(setup, h100):
     compiler = Compiler("rollout", h100.island)
     with jax.set_mesh(setup.mesh):
-        programs.sampling(compiler, setup, setup.config.prompts_per_step)
+        for program, held in setup.programs("rollout").values():
+            compiler(program, held)
     return compiler
 
 
 def test_the_programs_of_a_rollout_on_gpus(rollout):
     names = [compiled.name.removeprefix("rollout/") for compiled in rollout.found]
-    assert names == ["unstack", "empty", "prefill", "admit", "resize", "decode"]
+    assert names == ["relayout", "empty caches", "prefill", "decode"]
     assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
     assert "__cudnn$fmha" in rollout.texts["rollout/prefill"]
 
 
 def test_no_device_makes_the_keys_of_all_rows(rollout, setup):
-    c, (rows,) = setup.model.config, setup.config.rollout.rows
+    c, rows = setup.model.config, setup.rollout.shapes.prefill[-1].rows
     text, (layers, heads) = rollout.texts["rollout/prefill"], (c.num_hidden_layers, c.num_key_value_heads)
     assert f"[{layers},{rows // 2},{heads // 2},1," in text
     assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
@@ -73,7 +71,7 @@ def test_what_an_update_sends_goes_beside_its_products(setup, h100):
     compiler's own doing."""
     compiler = Compiler("update", h100.island)
     with jax.set_mesh(setup.mesh):
-        programs.update(compiler, setup)
+        compiler(*setup.programs("update")["update"])
     sent = beside(compiler.texts["update/update"])
     assert sum(computed for *_, computed in sent) > len(sent) / 2
     gradients = [computed for kind, crosses, computed in sent if kind == "reduce-scatter" and crosses]

@@ -10,7 +10,7 @@ from flax import nnx
 from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.parallel import MeshConfig, make_mesh, shardings
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 # A dense layer, which 8 bits concern, before one of experts.
 CONFIG = Qwen3Config.from_hf(
@@ -25,14 +25,15 @@ PREFIXES = [
     [40, 50, 60, *random.integers(0, 512, n)] for n in (9, 14, 5, 16, 11)
 ]  # alike at first; with this key no expert flips
 BRANCHES = [[random.integers(0, 512, n).tolist() for n in (3, 0)] for _ in PREFIXES]
-TABLE = Buckets(prefix=(19,), branch=(4,), fan_out=(2,), rows=(4, 8), trunk=(3,))
+ROWS = [RowLengths(19, [4, 4])] * 8
+SHARED = tuple(PREFIXES[0][:3])
 
 
 def sample(model, mesh):
-    """Tokens and log-probabilities of all completions, and the gaps of a wave to a pass without 8 bits."""
+    """Tokens and log-probabilities of all completions, and the gaps of a prefill to a pass without 8 bits."""
     run = Sampler(
-        model, TABLE, new_tokens=8, stop_ids=range(100), sampling=SamplingConfig(0.8), mesh=mesh,
-        int8="weights_kv",
+        model, ROWS, new_tokens=8, stop_ids=range(100), sampling=SamplingConfig(0.8), mesh=mesh,
+        int8="weights_kv", shared=SHARED,
     )  # fmt: skip
     params = nnx.state(model)
     results = run.generate(params, PREFIXES, BRANCHES, jax.random.key(7))

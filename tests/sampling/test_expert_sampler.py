@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 
 @pytest.mark.parametrize(("int8", "least", "most"), [("none", 0, 1e-5), ("weights_kv", 1e-3, 0.1)])
@@ -13,9 +13,9 @@ def test_samples_have_the_log_probabilities_of_flat_sequences(
     experts, draw_rows, flat_logprobs, int8, least, most
 ):
     rows = draw_rows([7, 4, 10], [[3, 0, 5], [1, 4], [5]])
-    buckets = Buckets(prefix=(12,), branch=(6,), fan_out=(3,), rows=(3,))
+    planned = [RowLengths(12, [6] * 3)] * 3
     run = Sampler(
-        experts, buckets, new_tokens=8, stop_ids=tuple(range(9)), sampling=SamplingConfig(0.8), int8=int8
+        experts, planned, new_tokens=8, stop_ids=tuple(range(9)), sampling=SamplingConfig(0.8), int8=int8
     )
     results = run.generate(nnx.state(experts), *rows, jax.random.key(0))
     drawn = [completion for row in results for completion in row]

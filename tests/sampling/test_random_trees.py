@@ -6,26 +6,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 TREES = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(0, 6), min_size=1, max_size=3)), min_size=1, max_size=5
 )
 
 
+SHARED = [(), (7, 7, 1, 30, 2)]
+
+
 @pytest.fixture(scope="module")
-def sampler(model):
-    """Stops at a few of its 50 tokens; few sizes of everything, so that few programs serve all examples."""
-    table = Buckets(prefix=(17,), branch=(6,), fan_out=(3,), rows=(2,), trunk=(5,))
-    return Sampler(model, table, new_tokens=8, stop_ids=(3, 17, 40), sampling=SamplingConfig(temperature=0))
+def samplers(model):
+    """By what the prefixes begin with; stops at a few of its 50 tokens."""
+
+    def make(shared):
+        rows = [RowLengths(12 + len(shared), [6, 6, 6]), RowLengths(5 + len(shared), [3])]
+        greedy = SamplingConfig(temperature=0)
+        return Sampler(
+            model, rows, together=2, new_tokens=8, stop_ids=(3, 17, 40), sampling=greedy, shared=shared
+        )
+
+    return {shared: make(shared) for shared in SHARED}
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(tree=TREES, seed=st.integers(0, 1000), trunk=st.sampled_from([(), (7, 7, 1, 30, 2)]))
-def test_greedy_equals_flat(model, params, sampler, draw_rows, flat_logprobs, tree, seed, trunk):
-    """With short branches in lanes, and with a trunk where all prefixes begin alike."""
+@given(tree=TREES, seed=st.integers(0, 1000), shared=st.sampled_from(SHARED))
+def test_greedy_equals_flat(model, params, samplers, draw_rows, flat_logprobs, tree, seed, shared):
+    """With short branches in lanes, and with shared tokens where all prefixes begin alike."""
     prefixes, branches = draw_rows([prefix for prefix, _ in tree], [branches for _, branches in tree], seed)
-    rows = [[*trunk, *prefix] for prefix in prefixes], branches
+    rows = [[*shared, *prefix] for prefix in prefixes], branches
+    sampler = samplers[shared]
     results = sampler.generate(params, *rows, jax.random.key(seed))
     completions = sum(results, [])
     assert [len(row) for row in results] == [len(branches) for _, branches in tree]

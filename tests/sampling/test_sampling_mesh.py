@@ -28,4 +28,4 @@ def test_eight_devices_sample_what_one_does():
     assert min(map(len, tokens)) < max(map(len, tokens)) == 8  # some stopped
     np.testing.assert_allclose(sum(logprobs, []), sum(expected_logprobs, []), rtol=0, atol=2e-3)
     np.testing.assert_allclose(gaps, expected_gaps, rtol=0, atol=2e-3)
-    assert len(gaps) == 4 and 1e-4 < np.mean(gaps) < 0.1  # the rows of a wave
+    assert len(gaps) == 5 and 1e-4 < np.mean(gaps[:4]) < 0.1

@@ -4,23 +4,21 @@ import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
-from srrl_jax.sampling import Buckets, Sampler, score
-from srrl_jax.sampling.score import next_logprobs
+from srrl_jax.sampling import RowLengths, Sampler
 
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    return Sampler(model, Buckets((12,), (3,), (6,), (3,)), new_tokens=1, stop_ids=(1,))
+    return Sampler(model, [RowLengths(12, [6] * 3)] * 3, new_tokens=1, stop_ids=(1,))
 
 
 def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, draw_rows, next_logits):
     prefixes, branches = draw_rows([7, 4, 10, 5, 8], [[3, 0, 5], [1, 4], [5], [0, 0, 0], [2, 3, 1]])
     told = []
-    scores = score(sampler, params, prefixes, branches, [3, 41], lambda *wave: told.append(wave))
+    scores = sampler.score(params, prefixes, branches, [3, 41], lambda *wave: told.append(wave))
     assert told == [(7, 12), (12, 12)]
-    programs = next_logprobs._cache_size()
-    again = score(sampler, params, prefixes[:1], branches[:1], [0, 1])
-    assert next_logprobs._cache_size() == programs and again[0].shape == (3, 2)
+    again = sampler.score(params, prefixes[:1], branches[:1], [0, 1])
+    assert again[0].shape == (3, 2)
     for prefix, row, logprobs in zip(prefixes, branches, scores, strict=True):
         assert logprobs.shape == (len(row), 2) and logprobs.dtype == np.float32
         for branch, pair in zip(row, logprobs, strict=True):
@@ -29,6 +27,6 @@ def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, 
             np.testing.assert_allclose(pair, expected[[3, 41]], rtol=0, atol=1e-5)
 
 
-def test_what_the_table_does_not_hold_is_refused(params, sampler):
-    with pytest.raises(InputError, match="row 1: prefix is 13 long"):
-        score(sampler, params, [[1], [1] * 13], [[[1]], [[1]]], [0, 1])
+def test_what_was_not_planned_for_is_refused(params, sampler):
+    with pytest.raises(InputError, match="row 1: 17 prefix tokens"):
+        sampler.score(params, [[1], [1] * 17], [[[1]], [[1]]], [0, 1])

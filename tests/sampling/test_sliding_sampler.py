@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from srrl_jax.models import Qwen3
-from srrl_jax.sampling import Buckets, Sampler, SamplingConfig
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,10 @@ def test_greedy_equals_flat(model, sliding, draw_rows, flat_logprobs, branch):
     given = [[0, 0, 0], [0]] if branch == 0 else [[3, 0, 5], [1]]
     rows = draw_rows([7, 4], given)
     for prefix in rows[0]:
-        prefix[:2] = 5, 6  # their trunk
-    buckets = Buckets(prefix=(12,), branch=(branch,), fan_out=(3,), rows=(3,), trunk=(2,))
-    run = Sampler(sliding, buckets, new_tokens=8, stop_ids=(), sampling=SamplingConfig(temperature=0))
+        prefix[:2] = 5, 6  # shared
+    planned = [RowLengths(12, [branch] * 3)] * 3
+    greedy = SamplingConfig(temperature=0)
+    run = Sampler(sliding, planned, new_tokens=8, stop_ids=(), shared=(5, 6), sampling=greedy)
     results = run.generate(nnx.state(sliding), *rows, jax.random.key(0))
     completions = [completion for row in results for completion in row]
     full = flat_logprobs(model, *rows, results)

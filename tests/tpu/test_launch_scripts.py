@@ -308,7 +308,7 @@ def test_the_jobset_fills_its_slices():
     assert command == "train" and sizes["slice"] == jobs["replicas"] == 2
     assert math.prod(sizes.values()) == jobs["replicas"] * chips
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    check_rows({"rows": (*config.rollout.rows, *config.grading.rows, config.optimizer.microbatch)}, mesh)
+    check_rows({"prompts": (config.prompts_per_step // config.optimizer.minibatches,)}, mesh)
 
 
 def wait_for(condition) -> None:

@@ -22,8 +22,6 @@ SMALL = [
     "steps=2",
     "prompts_per_step=2",
     "group_size=2",
-    "rollout.rows=[4]",
-    "grading.rows=[4]",
     "optimizer.microbatch=1",
     "optimizer.warmup_steps=1",
 ]

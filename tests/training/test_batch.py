@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
-from srrl_jax.errors import InputError
+from srrl_jax.models.weights import read_config
+from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import pack_groups, split_batch
+from srrl_jax.training.shapes import UpdateShapes, plan_update
 
 
 def completion(*tokens: int) -> Completion:
@@ -15,8 +17,8 @@ GROUPS = [[completion(1, 2), completion(3)], [completion(4, 5, 6), completion(9,
 SCORED = np.array([[True, True], [False, True]])
 
 
-def test_prompts_and_completions_are_padded_to_the_buckets_that_hold_the_longest():
-    batch = pack_groups(PROMPTS, GROUPS, SCORED, (2, 4, 8), (3, 6))
+def test_prompts_and_completions_are_padded_to_what_holds_the_longest():
+    batch = pack_groups(PROMPTS, GROUPS, SCORED, UpdateShapes(4, (3, 6), 1))
     assert batch.tree.prefix.shape == (2, 4) and batch.tree.branches.shape == (2, 2, 3)
     assert batch.tree.prefix.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
     assert batch.tree.prefix_lengths.tolist() == [3, 1]
@@ -29,25 +31,36 @@ def test_prompts_and_completions_are_padded_to_the_buckets_that_hold_the_longest
 
 
 def test_the_mask_leaves_out_padding_and_completions_without_a_reward():
-    mask = pack_groups(PROMPTS, GROUPS, SCORED, (4,), (4,)).mask
+    mask = pack_groups(PROMPTS, GROUPS, SCORED, UpdateShapes(4, (4,), 1)).mask
     assert mask.tolist() == [
         [[True, True, False, False], [True, False, False, False]],
         [[False] * 4, [True, True, False, False]],
     ]
 
 
-def test_a_prompt_or_completion_over_the_buckets_is_refused():
-    with pytest.raises(InputError, match="prompt is 3 long"):
-        pack_groups(PROMPTS, GROUPS, SCORED, (2,), (4,))
-    with pytest.raises(InputError, match="completion is 3 long"):
-        pack_groups(PROMPTS, GROUPS, SCORED, (4,), (2,))
+@pytest.mark.parametrize(
+    ("overrides", "memory", "microbatch"),
+    [
+        ((), 2**40, 8),
+        ((), 2**20, 1),  # not even one fits by the formula; the compiler has the last word
+        (("optimizer.minibatches=2",), 2**40, 4),
+        (("optimizer.microbatch=2",), 2**20, 2),
+        (("rollout.max_new_tokens=3000",), 2**40, 1),  # enough tokens for a device
+    ],
+)
+def test_a_microbatch_is_what_fits(recipe, overrides, memory, microbatch):
+    config = recipe("unused", "prompts_per_step=8", "optimizer.microbatch=null", "group_size=4", *overrides)
+    found = plan_update(config, read_config(config.model), 33, make_mesh(), memory)
+    assert (found.prompt, found.microbatch) == (40, microbatch)
+    assert found.completions == ((1000, 3000) if overrides == ("rollout.max_new_tokens=3000",) else (64,))
+    assert found.completion(7) == found.completions[0] and found.completion(64) == found.completions[0]
 
 
 @pytest.mark.parametrize(("minibatches", "microbatch"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_a_split_keeps_every_prompt_once_and_in_order(minibatches, microbatch):
     prompts = [[row + 1] for row in range(4)]
     groups = [[completion(row, 1), completion(row, 2)] for row in range(4)]
-    batch = pack_groups(prompts, groups, np.ones((4, 2), bool), (2,), (2,))
+    batch = pack_groups(prompts, groups, np.ones((4, 2), bool), UpdateShapes(2, (2,), 1))
     parts = split_batch(batch, minibatches, microbatch)
     assert len(parts) == minibatches
     for part in parts:

@@ -13,9 +13,12 @@ from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
-from srrl_jax.sampling import Completion, Weights
+from srrl_jax.sampling import Completion, RowLengths, Weights
+from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import train
+from srrl_jax.training.dry_run import dry_run
 from srrl_jax.training.experience import Task, grade, make_actor
+from srrl_jax.training.shapes import RunLengths
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
 EVAL = (f"data.eval={CHECKPOINT.parent / 'hard.jsonl'}", "eval.rows=2", "eval.samples=2")
@@ -79,7 +82,8 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(recipe):
     tokenizer = load_tokenizer(CHECKPOINT)
     wide = dataclasses.replace(read_config(CHECKPOINT), vocab_size=tokenizer.size + 9)
     with jax.set_mesh(mesh := make_mesh()):
-        actor = make_actor(abstract(wide), tokenizer, recipe("unused"), mesh)
+        lengths = RunLengths([RowLengths(9, [0])], [RowLengths(9, [5])])
+        actor = make_actor(abstract(wide), tokenizer, recipe("unused"), mesh, lengths)
     assert actor.sampler.allowed == actor.grader.sampler.allowed == tokenizer.size
 
 
@@ -126,3 +130,15 @@ def test_a_reward_comes_from_the_readable_verdicts_alone():
     group = [Completion(np.array([5], np.int32), np.zeros(1, np.float32), False)]
     ((graded,),) = grade(Half(), tokenizer, [Task(example, [1], "", 0)], [group], None)
     assert graded.reward == 0.75
+
+
+def test_a_dry_run_compiles_what_the_run_does_and_writes_nothing(recipe, tmp_path, capsys):
+    config = recipe(tmp_path / "run", "rollout.max_prompt_tokens=30", "data.too_long=drop")
+    dry_run(config)
+    said = capsys.readouterr().out
+    assert "max_prompt_tokens: 30" in said and "training: prompt, tokens" in said
+    for program in ("rollout/prefill", "rollout/decode", "grade/prefill", "grade/decode", "update"):
+        assert program in said
+    assert not (tmp_path / "run").exists()
+    train(dataclasses.replace(config, steps=1))
+    assert "compiled" not in {row["event"] for row in read_jsonl(tmp_path / "run" / "events.jsonl")}

@@ -100,8 +100,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_over_a_resume_too(recipe,
 
 
 def test_a_step_in_vain_is_told_with_its_likely_cause(recipe, tmp_path, capsys):
-    train(recipe(tmp_path, "steps=2", "grading.max_new_tokens=3", "rollout.max_new_tokens=2",
-                 "rollout.completion_buckets=[2]"))  # fmt: skip
+    train(recipe(tmp_path, "steps=2", "grading.max_new_tokens=3", "rollout.max_new_tokens=2"))
     events = [row for row in read_jsonl(tmp_path / "events.jsonl") if row["event"] == "warning"]
     assert [row["step"] for row in events] == [1, 1, 1]  # not again in step 2
     shown = capsys.readouterr().out

@@ -20,7 +20,6 @@ from srrl_jax.training.lessons import load_lessons, with_lessons, with_replies
 from srrl_jax.training.replay import replay
 
 CHECKPOINT = "srrl_jax/tinyworld/checkpoint"
-LONG = "rollout.prompt_buckets=[36, 136]"
 
 
 def graded_row(i: int, met: bool | None) -> dict:
@@ -51,12 +50,12 @@ def graded(tmp_path):
 
 def lessons_of(config, path):
     grader = Grader.at(config.grading, load_tokenizer(CHECKPOINT))
-    return load_lessons(path, grader, config, first_row=400), grader
+    return load_lessons(path, grader, config, first_row=400, positions=512), grader
 
 
 def test_a_lesson_asks_what_the_grader_is_asked(recipe, graded, tmp_path):
     path = graded([graded_row(0, True), graded_row(1, None), graded_row(2, False)])
-    lessons, grader = lessons_of(recipe(tmp_path, LONG), path)
+    lessons, grader = lessons_of(recipe(tmp_path), path)
     assert [(lesson.met, lesson.row) for lesson in lessons] == [(True, 400), (False, 401)]
     messages, response, criterion, _ = grader_pairs()[2]
     text = lessons[1].example.prompt[0]["content"]
@@ -67,9 +66,7 @@ def test_a_lesson_asks_what_the_grader_is_asked(recipe, graded, tmp_path):
 
 
 def test_a_share_of_all_prompts_are_lessons(recipe, graded, tmp_path):
-    config = recipe(
-        tmp_path, LONG, f"data.teacher={graded()}", "data.teacher_share=0.15", "prompts_per_step=4"
-    )
+    config = recipe(tmp_path, f"data.teacher={graded()}", "data.teacher_share=0.15", "prompts_per_step=4")
     lessons, _ = lessons_of(config, config.data.teacher)
     steps = [with_lessons("abcd", lessons, config, step) for step in range(40)]
     assert all(len(tasks) == 4 for tasks in steps)
@@ -85,7 +82,7 @@ def test_the_teachers_reply_takes_the_place_of_the_last_completion(recipe, grade
     rows = [graded_row(0, True), graded_row(1, False)]
     for row in rows:
         row["verdicts"][0]["explanation"] = "so ."
-    config = recipe(tmp_path, LONG, f"grading.verdict={'constrained' if forced else 'generate'}")
+    config = recipe(tmp_path, f"grading.verdict={'constrained' if forced else 'generate'}")
     lessons, grader = lessons_of(config, graded(rows))
     for lesson in lessons:
         *reply, stop = lesson.reply
@@ -115,18 +112,16 @@ def test_a_reply_over_the_limit_is_refused(recipe, graded, tmp_path):
     with pytest.raises(
         InputError, match=r"object 1: the teacher's reply takes .* over rollout\.max_new_tokens"
     ):
-        lessons_of(recipe(tmp_path, LONG, "data.teacher_loss=sft"), graded([row]))
+        lessons_of(recipe(tmp_path, "data.teacher_loss=sft"), graded([row]))
 
 
 @pytest.mark.parametrize("verdict", ["generate", "constrained"])
 def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, graded, verdict, tmp_path):
     run = tmp_path / "run"
-    train(
-        recipe(run, LONG, f"data.teacher={graded()}", "data.teacher_share=0.5", f"grading.verdict={verdict}")
-    )
+    train(recipe(run, f"data.teacher={graded()}", "data.teacher_share=0.5", f"grading.verdict={verdict}"))
     rows = read_jsonl(run / "samples.jsonl")
     taught = [row for row in rows if row["split"] == "lesson"]
-    opening = lessons_of(recipe(tmp_path, LONG, f"grading.verdict={verdict}"), graded())[0][0].opening
+    opening = lessons_of(recipe(tmp_path, f"grading.verdict={verdict}"), graded())[0][0].opening
     assert len(taught) == len(rows) / 2 == 4
     truth = {f"lesson:p{i}": oracle(r, c.criterion) for i, (_, r, c, _) in enumerate(grader_pairs()[:8])}
     for row in taught:
@@ -149,14 +144,17 @@ def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, graded, verdict
         (lambda row: row.pop("prompt"), "object 1: .*prompt"),
         (lambda row: row["verdicts"].append({}), "object 1: 2 verdicts on 1 criteria"),
         (lambda row: row["verdicts"][0].update(met=None), "no verdict that could be read"),
-        (lambda row: row.update(completion="word " * 200), "takes .* largest of rollout.prompt_buckets"),
+        (
+            lambda row: row.update(completion="word " * 600),
+            r"takes \d+ tokens, over 448 \(rollout.max_prompt",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_by_object(recipe, graded, tmp_path, change, message):
     row = graded_row(0, True)
     change(row)
     with pytest.raises(InputError, match=message):
-        lessons_of(recipe(tmp_path, LONG), graded([row]))
+        lessons_of(recipe(tmp_path), graded([row]))
 
 
 def test_a_share_needs_a_file(recipe, tmp_path):

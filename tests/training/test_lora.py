@@ -43,7 +43,7 @@ def run(recipe, tmp_path_factory):
 def learner(run):
     config, _ = run
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        return Learner(network(config), config, mesh)
+        return Learner(network(config), config, mesh, longest_prompt=36)
 
 
 def test_at_first_the_policy_is_the_base(run, learner):

@@ -83,8 +83,6 @@ def test_a_run_of_eight_devices_goes_on_with_four(recipe, on_devices, tmp_path):
         "prompts_per_step=8",
         "optimizer.microbatch=8",
         "optimizer.warmup_steps=0",
-        "rollout.rows=[8]",
-        "grading.rows=[8]",
         "checkpoint.every=1",
         "kl_coef=0.1",
     )

@@ -65,11 +65,11 @@ def test_a_cpu_has_no_published_peak():
     assert update_mfu(MODEL, [], [], seconds=1.0, adapters=False) == {}
 
 
-def testeach_compilation_is_told_once():
+def test_each_compilation_is_told_once():
     seconds, names = [], []
     double = jax.jit(lambda x: 2 * x + 17.25)
     x = jnp.arange(3.0)
-    with each_compilation(names.append, seconds.append):
+    with each_compilation(names.append, lambda name, took: seconds.append(took)):
         double(x)
         assert len(seconds) == 1 and seconds[0] > 0
         double(x)

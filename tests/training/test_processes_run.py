@@ -37,8 +37,6 @@ def start(recipe, tmp_path_factory):
             "optimizer.microbatch=8",
             "optimizer.learning_rate=0.001",
             "optimizer.warmup_steps=0",
-            "rollout.rows=[8]",
-            "grading.rows=[8]",
             "kl_coef=0.1",
             "checkpoint.every=1",
             "checkpoint.keep=9",

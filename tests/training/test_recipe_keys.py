@@ -48,15 +48,19 @@ BASE = (
 
 
 def rows(config: TrainConfig) -> Any:
-    """Training rows, lessons and held-out rows, made ready."""
-    return load_tasks(config, load_tokenizer(config.model))
+    """Training rows, lessons and held-out rows, made ready, or why they are refused."""
+    try:
+        return load_tasks(config, load_tokenizer(config.model))
+    except InputError as error:
+        return str(error)
 
 
 def roles(config: TrainConfig) -> Any:
     """How the policy is sampled from, as what answers and as what grades, and how it is asked to grade."""
-    mesh = make_mesh(config.mesh)
+    mesh, tokenizer = make_mesh(config.mesh), load_tokenizer(config.model)
+    lengths = load_tasks(config, tokenizer).lengths(config)
     with jax.set_mesh(mesh):
-        made = make_actor(learner.network(config), load_tokenizer(config.model), config, mesh)
+        made = make_actor(learner.network(config), tokenizer, config, mesh, lengths)
     item = GradingItem(
         ({"role": "user", "content": "hello"},), "bye", (Criterion("kind", 1), Criterion("so", -1))
     )
@@ -113,7 +117,7 @@ def made(config: TrainConfig) -> tuple[Learner, list]:
     tasks, groups, _ = experience()
     groups = [group[:2] for group in groups]  # of at most 20 tokens
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        one = Learner(learner.network(config), config, mesh)
+        one = Learner(learner.network(config), config, mesh, longest_prompt=36)
         return one, one.minibatches(tasks, groups, np.ones((4, 2), bool), np.ones((4, 2), np.float32))
 
 
@@ -166,19 +170,14 @@ KEYS = {
     "data.where": Key('["theme:3_facts"]', rows),
     "data.fields": Key("{{prompt: question}}", rows, ("data.train={asked}",)),
     "rollout.thinking": Key("true", rows, ("model={thinking}",)),
-    "rollout.max_new_tokens": Key("12", roles, ("rollout.completion_buckets=[{max_new_tokens}]",)),
-    "rollout.prompt_buckets": Key("[27, 36]", roles),
-    "rollout.completion_buckets": Key("[20, 64]", batches),
-    "rollout.rows": Key("[1]", roles),
+    "data.too_long": Key("drop", rows, ("rollout.max_prompt_tokens=20",)),
+    "rollout.max_new_tokens": Key("12", roles),
+    "rollout.max_prompt_tokens": Key("20", rows, ("data.too_long=drop",)),
     "rollout.memory_gb": Key("0.003", roles),
     "rollout.int8": Key("weights_kv", roles),
     "rollout.sampling.temperature": Key("0.5", roles),
     "grading.max_new_tokens": Key("3", roles),
-    "grading.prefix_buckets": Key("[72, 120]", roles),
-    "grading.criterion_buckets": Key("[20]", roles),
-    "grading.criteria_buckets": Key("[6, 8]", roles),
     "grading.template": Key("{template}", roles),
-    "grading.rows": Key("[3]", roles),
     "grading.memory_gb": Key("0.012", roles),
     "grading.verdict": Key("logits", roles),
     "grading.votes": Key("3", roles),
@@ -398,7 +397,7 @@ def test_the_reference_may_lie_in_host_memory(recipe, run):
     assert (one.metrics, one.samples) == (other.metrics, other.samples)
     config = recipe("unused", *BASE, "reference=host")
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        made = learner.Learner(learner.network(config), config, mesh)
+        made = learner.Learner(learner.network(config), config, mesh, longest_prompt=36)
     stored, fetched = made._frozen, made.frozen
     for tree, kind in ((stored, "pinned_host"), (fetched, "device")):
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {kind}
@@ -408,14 +407,19 @@ def test_the_reference_may_lie_in_host_memory(recipe, run):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("override", "says"),
     [
-        ("rollout.prompt_buckets", "[12]"),
-        ("grading.prefix_buckets", "[48]"),
-        ("grading.criterion_buckets", "[8]"),
-        ("grading.criteria_buckets", "[3]"),
+        (
+            "rollout.max_prompt_tokens=20",
+            r"^\d+ rows are too long, the worst first:\n  .*easy.jsonl: row \d+ \(easy-\d+\): the prompt "
+            r"takes \d+ tokens, over 20\n(.*\n)*rollout.max_prompt_tokens=\d+ would take all of them; "
+            r"or .* data.too_long=drop",
+        ),
+        ("rollout.max_new_tokens=500", r"over 512\n(.*\n)*the model has 512 positions: rollout"),
     ],
 )
-def test_a_row_over_the_bucket_table_is_refused(recipe, tmp_path, key, value):
-    with pytest.raises(InputError, match=rf"easy\.jsonl: row 1 \(easy-0000\): .* enlarge {key}"):
-        train(recipe(tmp_path, *BASE, f"{key}={value}"))
+def test_rows_that_are_too_long_are_refused_all_at_once(recipe, tmp_path, override, says):
+    with pytest.raises(InputError) as refused:
+        train(recipe(tmp_path / "run", *BASE, override))
+    assert re.search(says, str(refused.value))
+    assert not (tmp_path / "run").exists()

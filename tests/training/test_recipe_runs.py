@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     samples: list[dict]
     params: list[np.ndarray]
     checkpoints: list[int]
-    waves: set[tuple[int, int, int, int]]
+    shapes: set
     batches: list[Any]
     run_dir: Path
 
@@ -71,7 +71,7 @@ def same_step(one: Seen, other: Seen) -> None:
 def shapes(one: Seen, other: Seen) -> bool:
     """What is sampled at one time, and nothing else."""
     same_step(one, other)
-    return one.waves != other.waves
+    return one.shapes != other.shapes
 
 
 def update_shapes(one: Seen, other: Seen) -> bool:
@@ -110,7 +110,7 @@ def graded_in_8_bits(one: Seen, other: Seen) -> bool:
     for metrics in other.metrics:
         found = [c["logprob_diff"] for s in other.samples for c in s["criteria"]
                  if s["step"] == metrics["step"] and "logprob_diff" in c]  # fmt: skip
-        assert len(found) == 4  # grading.rows
+        assert len(found) == 2  # of the responses that are prefilled together
         assert metrics["grader/logprob_diff/mean"] == pytest.approx(np.mean([gap["mean"] for gap in found]))
         assert metrics["grader/logprob_diff/max"] == max(gap["max"] for gap in found) > 1e-5
     assert not any(name.startswith("grader/logprob_diff") for m in one.metrics for name in m)
@@ -182,8 +182,7 @@ class Key(NamedTuple):
 
 HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
 FAST = ("optimizer.learning_rate=0.002", "group_size=8")  # ratios far from 1
-CUT = ("rollout.max_new_tokens=20", "rollout.completion_buckets=[20]")  # too short for some answers
-LONG = ("grading.criterion_buckets=[340]", "grading.rows=[2]")  # room for all criteria at once
+CUT = ("rollout.max_new_tokens=20",)  # too short for some answers
 KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
 BEST = ("checkpoint.every=1", "checkpoint.keep=1", "steps=4", "seed=2")  # the best is not the last
 SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
@@ -201,24 +200,18 @@ KEYS = {
     "grader": Key("frozen", results, ("optimizer.learning_rate=0.01",)),
     "kl_coef": Key("0.5", learning),
     "dtype": Key("bfloat16", only_compute),
-    "rollout.max_new_tokens": Key("12", samples, ("rollout.completion_buckets=[{max_new_tokens}]",)),
-    "rollout.prompt_buckets": Key("[27, 36]", shapes),
-    "rollout.completion_buckets": Key("[56, 64]", update_shapes),
-    "rollout.rows": Key("[1]", shapes),
-    "rollout.memory_gb": Key("0.003", shapes),
+    "rollout.max_new_tokens": Key("12", samples),
+    "rollout.max_prompt_tokens": Key("20", samples, ("data.too_long=drop",)),
+    "rollout.memory_gb": Key("0.0012", shapes),
     "rollout.thinking": Key("true", samples, ("model={thinking}",)),
     "rollout.int8": Key("weights_kv", gap),
     "rollout.sampling.temperature": Key("0.5", samples),
     "grading.max_new_tokens": Key("3", grades_only),
-    "grading.prefix_buckets": Key("[72, 120]", shapes),
-    "grading.criterion_buckets": Key("[20]", shapes),
-    "grading.criteria_buckets": Key("[6, 8]", shapes),
     "grading.template": Key("{template}", grades_only),
-    "grading.rows": Key("[3]", shapes),
-    "grading.memory_gb": Key("0.012", shapes),
+    "grading.memory_gb": Key("0.008", shapes),
     "grading.verdict": Key("logits", grades_only),
     "grading.votes": Key("3", grades_only),
-    "grading.together": Key("true", grades_only, (*LONG, "steps=1")),
+    "grading.together": Key("true", grades_only, ("steps=1",)),
     "grading.tries": Key("1", grades_only, SHORT),
     "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
     "grading.int8": Key("weights_kv", graded_in_8_bits, HOT),
@@ -266,24 +259,24 @@ def run(recipe, logs, places, tmp_path_factory):
         if overrides in done:
             return done[overrides]
         run_dir = tmp_path_factory.mktemp("run")
-        waves, batches = set(), []
-        sample, split = Sampler._prefill, learner.split_batch
+        shapes, batches = set(), []
+        sample, split = Sampler.generate, learner.split_batch
 
-        def spy_sample(self, params, trunk, wave, *rest):
-            waves.add((len(wave.indices), wave.prefix, wave.fan_out, wave.branch))
-            return sample(self, params, trunk, wave, *rest)
+        def spy_sample(self, *args, **kwargs):
+            shapes.add(self.shapes)
+            return sample(self, *args, **kwargs)
 
         def spy_split(*args):
             batches.extend(split(*args))
             return split(*args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sampler, "_prefill", spy_sample)
+            patch.setattr(Sampler, "generate", spy_sample)
             patch.setattr(learner, "split_batch", spy_split)
             state = train(recipe(run_dir, *BASE, *overrides))
         steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
-        done[overrides] = Seen(*logs(run_dir), params, steps, waves, batches, run_dir)
+        done[overrides] = Seen(*logs(run_dir), params, steps, shapes, batches, run_dir)
         return done[overrides]
 
     return once

@@ -123,14 +123,12 @@ def test_each_of_the_files_that_results_depend_on_is_told_apart(recipe, tmp_path
         f"data.eval={files / 'hard.jsonl'}",
         f"data.teacher={files / 'lessons.jsonl'}",
         f"grading.template={files / 'grader.txt'}",
-        "rollout.prompt_buckets=[256]",
-        "grading.criterion_buckets=[32]",
     )
 
     def identity() -> dict[str, str]:
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            weights = Learner(network(config), config, mesh).fingerprint()
+            weights = Learner(network(config), config, mesh, longest_prompt=36).fingerprint()
         return load_tasks(config, load_tokenizer(config.model)).identity | {"weights": weights}
 
     before = identity()

@@ -35,11 +35,28 @@ def test_every_recipe_of_the_repository_loads_and_survives_a_round_trip(path):
 def test_overrides_replace_one_value_each_and_leave_the_others():
     base = TrainConfig.load(DEMO)
     config = TrainConfig.load(
-        DEMO, ["steps=7", "rollout.sampling.temperature=0.8", "data.eval=null", "grading.rows=[2, 4]"]
+        DEMO, ["steps=7", "rollout.sampling.temperature=0.8", "data.eval=null", "grading.memory_gb=2"]
     )
     assert (config.steps, config.rollout.sampling.temperature, config.data.eval) == (7, 0.8, None)
-    assert config.grading.rows == (2, 4)
-    assert config.data.train == base.data.train and config.rollout.prompt_buckets == (36,)
+    assert config.grading.memory_gb == 2
+    assert config.data.train == base.data.train and config.rollout.max_new_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("rollout.prompt_buckets", "rollout.max_prompt_tokens"),
+        ("rollout.completion_buckets", "rollout.max_new_tokens"),
+        ("rollout.rows", "rollout.memory_gb"),
+        ("grading.prefix_buckets", "follow from the rows"),
+        ("grading.criterion_buckets", "follow from the rows"),
+        ("grading.criteria_buckets", "follow from the rows"),
+        ("grading.rows", "grading.memory_gb"),
+    ],
+)
+def test_a_key_of_old_is_refused_with_what_took_its_place(key, instead):
+    message = refused(f"{key}=[8]")
+    assert f"{key}: is no key any more" in message and instead in message and "\n" not in message
 
 
 def test_a_recipe_inherits_what_it_does_not_set(tmp_path):
@@ -101,8 +118,8 @@ def test_an_unknown_key_like_no_other_lists_what_there_is():
         ("kl_coef=[1]", "kl_coef: Input should be a valid number"),
         ("optimizer=3", "optimizer: "),
         ("optimizer=null", "optimizer: "),
-        ("rollout.prompt_buckets=36", "rollout.prompt_buckets: "),
-        ("rollout.prompt_buckets=[a]", "rollout.prompt_buckets.0: "),
+        ("data.where=3", "data.where: "),
+        ("data.where=[1]", "data.where.0: "),
         ("rollout.thinking=perhaps", "rollout.thinking: "),
         ("steps.more=3", "steps: "),
         ("grader=oracle", "grader: must be policy, frozen, teacher or package.module:name"),
@@ -160,20 +177,12 @@ def test_an_override_must_be_a_key_and_a_yaml_value():
         "kl_coef=-0.1",
         "kl_coef=.nan",
         "rollout.max_new_tokens=0",
-        "rollout.prompt_buckets=[]",
-        "rollout.prompt_buckets=[36, 20]",
-        "rollout.completion_buckets=[32]",
-        "rollout.completion_buckets=[]",
-        "rollout.rows=[0]",
+        "rollout.max_prompt_tokens=0",
         "rollout.sampling.temperature=0",
         "rollout.sampling.top_k=5",
         "rollout.sampling.top_p=0.9",
         "rollout.sampling.min_p=0.1",
         "grading.max_new_tokens=0",
-        "grading.prefix_buckets=[]",
-        "grading.criterion_buckets=[16, 16]",
-        "grading.criteria_buckets=[]",
-        "grading.rows=[]",
         "grading.tries=0",
         "grading.sampling.temperature=-1",
         "grading.sampling.top_k=-1",

@@ -1,0 +1,80 @@
+"""Programs before they run: jitted functions and the shapes of their arguments, compiled ahead in threads."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Program(NamedTuple):
+    """A jitted function and what it will be called with; once compiled, the call compiles nothing.
+
+    Attributes:
+      kind: what it does, in a word or two.
+      sizes: what tells it from others of its kind, for people.
+      args: trees of `jax.ShapeDtypeStruct`, placed as the arrays will be.
+      static: static arguments by name.
+    """
+
+    kind: str
+    sizes: str
+    function: Any
+    args: tuple
+    static: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.sizes}".strip()
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.function.lower(*self.args, **self.static)
+
+
+class Compiled(NamedTuple):
+    """What became of a program: `bytes` of arguments, results and temporaries on a device."""
+
+    name: str
+    seconds: float
+    bytes: int
+
+
+def shapes_of(tree: Any) -> Any:
+    """The shapes, types and placements of a tree of arrays; what is a shape already stays."""
+
+    def shape(x):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+    return jax.tree.map(shape, tree)
+
+
+def compile_ahead(
+    programs: Sequence[Program],
+    mesh: jax.sharding.Mesh,
+    on_compiled: Callable[[Compiled, int], None] = lambda compiled, total: None,
+) -> list[Compiled]:
+    """Compiles all of them, as many at a time as there are cores; they stay in JAX's caches.
+
+    Args:
+      on_compiled: told each that is done, and how many there are.
+    Raises:
+      The compiler's own errors, such as that a program does not fit the memory.
+    """
+
+    def compile_one(program: Program) -> Compiled:
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):  # which is of each thread
+            memory = program.lower().compile().memory_analysis()
+        parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        size = memory.peak_memory_in_bytes or parts - memory.alias_size_in_bytes  # a CPU knows no peak
+        return Compiled(program.name, time.perf_counter() - start, int(size))
+
+    with ThreadPoolExecutor(min(len(programs) or 1, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(compile_one, program) for program in programs]
+        for future in as_completed(futures):
+            on_compiled(future.result(), len(programs))
+        return [future.result() for future in futures]

@@ -1,0 +1,286 @@
+"""The network as it decodes: one token for each running branch, on caches that are written in place."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srrl_jax.models.attention import NEVER, near, platform
+from srrl_jax.models.int8 import Int8, quantize
+from srrl_jax.models.qwen3 import Qwen3, layer_runs, take_layers
+from srrl_jax.models.rope import rope
+from srrl_jax.parallel import constrain
+
+KEY_BLOCK = 512  # tokens of a cache that are met at a time where that saves reading the rest
+
+Cache = jax.Array | Int8  # of shape [...] or, in 8 bits, with a scale for each token and head
+
+
+class KeysValues(NamedTuple):
+    """Of A sequences of T tokens: for each stack of n layers of a `Decoder`, `k` [n, A, K, D, T] and `v`
+    [n, A, K, T, D], without the first axis where the layers lie apart."""
+
+    k: tuple[Cache, ...] = ()
+    v: tuple[Cache, ...] = ()
+
+
+class PrefixCache(NamedTuple):
+    """Prefixes that running branches continue: N rows with B cells each, over R shards of the mesh.
+
+    Shapes: `kv` of N sequences; `lengths` int32 [N]; `slots` int32 [R, N / R * B], which slot of its shard
+    holds the branch of a cell (any, where none does).
+    """
+
+    kv: KeysValues
+    lengths: jax.Array
+    slots: jax.Array
+
+
+class BranchCache(NamedTuple):
+    """The own tokens of S running branches, in a ring: all have their next token in column `end` modulo T.
+
+    Shapes: `kv` of S sequences; `lengths` int32 [S], tokens in the columns before `end`; `positions` int32
+    [S], of the next token; `cells` int32 [R, S / R], the branch's cell among those of its shard; `end` int32.
+    """
+
+    kv: KeysValues
+    lengths: jax.Array
+    positions: jax.Array
+    cells: jax.Array
+    end: jax.Array
+
+
+def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of `x` [A, ...] by an index [R, C] into each of its R equal parts -> [R * C, ...].
+
+    Parts are shards of the mesh, so that nothing travels between devices.
+    """
+    shards, count = index.shape
+    parts = x.reshape(shards, -1, *x.shape[1:])
+    return jax.vmap(lambda part, i: part[i])(parts, index).reshape(shards * count, *x.shape[1:])
+
+
+def stacks_of(has_experts: Sequence[bool]) -> list[tuple[bool, slice, slice]]:
+    """How layers are stacked to decode: whether of experts; which of their kind, and of all, they are.
+
+    On a CPU each layer lies apart and is compiled for itself: XLA would there copy each layer's slice of
+    stacked weights and caches. Elsewhere equal layers in a row are scanned over.
+    """
+    runs = list(layer_runs(has_experts))
+    if platform() != "cpu":
+        return runs
+    return [
+        (experts, slice(i, i + 1), slice(j, j + 1))
+        for experts, of_kind, of_all in runs
+        for i, j in zip(range(of_kind.start, of_kind.stop), range(of_all.start, of_all.stop), strict=True)
+    ]
+
+
+class Decoder(nnx.Module):
+    """A Qwen3 in its compute type, with its layers as they are decoded: `nnx.state(Decoder(model))` is what
+    decoding takes in place of `nnx.state(model)`.
+
+    Args:
+      int8: keep the weights of attention and dense MLPs in 8 bits, with a scale for each output; the
+        embedding, the head, norms, routers and experts are as they are without.
+    """
+
+    def __init__(self, model: Qwen3, int8: bool = False):
+        def cast(x):
+            return x.astype(model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        def part(module, layers: slice | None = None):
+            def take(variable):
+                value = cast(variable[...])
+                if layers is not None:
+                    value = value[layers.start] if self.apart else take_layers(value, layers)
+                taken = variable.replace(value)
+                taken.set_metadata(axes=variable.get_metadata()["axes"][-value.ndim :])
+                return taken
+
+            graphdef, state = nnx.split(module)
+            is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+            return nnx.merge(graphdef, jax.tree.map(take, state, is_leaf=is_leaf))
+
+        self.config, self.dtype, self.apart = model.config, model.dtype, platform() == "cpu"
+        self.embed_tokens, self.norm = part(model.embed_tokens), part(model.norm)
+        self.lm_head = None if model.lm_head is None else part(model.lm_head)
+        self.stacks = nnx.List(
+            part(model.moe_layers if experts else model.layers, of_kind)
+            for experts, of_kind, _ in stacks_of(model.config.has_experts)
+        )
+        for stack in self.stacks if int8 else ():
+            for linear in stack.projections().values():
+                linear.quantize()
+
+    def step(
+        self,
+        tokens: jax.Array,
+        alive: jax.Array,
+        shared: KeysValues,
+        prefixes: PrefixCache,
+        branches: BranchCache,
+    ) -> tuple[jax.Array, BranchCache]:
+        """Runs one token int32 [S] of each slot; those not alive, bool [S], need not be right.
+
+        Args:
+          shared: of one sequence, the tokens that all prefixes begin with; none without.
+        Returns:
+          Final hidden states [S, hidden], and the cache with the tokens' keys and values at `end`.
+        """
+        c = self.config
+        x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens]
+        x = constrain(x.astype(self.dtype)[:, None, None], "batch", None, None, None)
+        cos, sin = rope(branches.positions[:, None, None], c.head_dim, c.rope_theta, c.rope_scaling)
+
+        start = shared.v[0].shape[-2] if shared.v else 0
+        n, p = prefixes.lengths.size, prefixes.kv.v[0].shape[-2]
+        at = pick(branches.positions, prefixes.slots).reshape(n, -1)  # of the query in each cell [N, B]
+        in_prefix = jnp.broadcast_to((jnp.arange(p) < prefixes.lengths[:, None])[:, None], (*at.shape, p))
+        width = branches.kv.v[0].shape[-2]
+        column = branches.end % width
+        age = (branches.end - jnp.arange(width)) % width  # of each column, 0 for the new token
+        in_branch = age <= branches.lengths[:, None]
+        # Blocks of keys that hold something: from the first on, so many.
+        prefix_blocks = 0, -(-prefixes.lengths.max() // KEY_BLOCK)
+        oldest = branches.end - jnp.where(alive, branches.lengths, 0).max()
+        first = oldest // KEY_BLOCK
+        own_blocks = first, jnp.minimum(branches.end // KEY_BLOCK - first + 1, width // KEY_BLOCK)
+
+        def run(layer, x, own: KeysValues, prefix: tuple, trunk: tuple, window, index=()):
+            """One layer; `own` of its whole stack, at `index` (of its own, without)."""
+            shared_mask, prefix_mask, own_mask = jnp.ones((1, tokens.size, start), bool), in_prefix, in_branch
+            if window is not None:
+                keys = start + jnp.arange(p)[None, None]
+                prefix_mask = in_prefix & near(at[..., None], keys, window)[:, :, 0]
+                shared_mask = (branches.positions[:, None] - jnp.arange(start) < window)[None]
+                own_mask = in_branch & (age < window)
+            written = []
+
+            def look(q, k, v):
+                new_k = _write(own.k, k[:, 0, 0, :, :, None], (*index, 0, 0, 0, column))
+                new_v = _write(own.v, v[:, 0, 0, :, None, :], (*index, 0, 0, column, 0))
+                written.append(KeysValues(new_k, new_v))
+                here = jax.tree.map(lambda x: x[index] if index else x, written[0])
+                q = (q * jnp.asarray(c.head_dim**-0.5, q.dtype)).reshape(len(q), k.shape[3], -1, c.head_dim)
+                parts = [_attend_blocks(q, *here, own_mask[:, None, None], own_blocks)]
+                met = _attend_prefixes(pick(q, prefixes.slots), *prefix, prefix_mask, prefix_blocks)
+                parts.append([pick(x, branches.cells) for x in met])
+                if start:
+                    parts.append(_attend_prefixes(q, *trunk, shared_mask, (0, -(-start // KEY_BLOCK))))
+                return _normalized(_merge(parts)).astype(q.dtype).reshape(len(q), 1, 1, -1), None
+
+            x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
+            return x, written[0]
+
+        windows, caches = None if c.windows is None else np.asarray(c.windows), []
+        for i, (_, _, of_all) in enumerate(stacks_of(c.has_experts)):
+            own, prefix = (KeysValues(kv.k[i], kv.v[i]) for kv in (branches.kv, prefixes.kv))
+            trunk = (shared.k[i], shared.v[i]) if start else ()
+            window = None if windows is None else windows[of_all]
+            if self.apart:
+                x, own = run(self.stacks[i], x, own, prefix, trunk, None if window is None else window[0])
+            else:
+                graphdef, weights = nnx.split(self.stacks[i])
+
+                def body(carry, inputs, graphdef=graphdef):
+                    weights, *others, index = inputs
+                    x, own = carry
+                    return run(nnx.merge(graphdef, weights), x, own, *others, (index,)), None
+
+                indices = jnp.arange(of_all.stop - of_all.start)
+                (x, own), _ = jax.lax.scan(body, (x, own), (weights, prefix, trunk, window, indices))
+            caches.append(own)
+        branches = branches._replace(
+            kv=KeysValues(*map(tuple, zip(*caches, strict=True))),
+            lengths=branches.lengths + 1,
+            positions=branches.positions + 1,
+            end=branches.end + 1,
+        )
+        return self.norm(x)[:, 0, 0], branches
+
+    head = Qwen3.head
+    logits = Qwen3.logits
+
+
+def stored(new: jax.Array, cache: Cache, axis: int) -> Cache:
+    """Keys [..., D, T] or values [..., T, D] in the form in which `cache` keeps its own; `axis` is of D."""
+    return quantize(new, axis=axis) if isinstance(cache, Int8) else new.astype(cache.dtype)
+
+
+def _write(cache: Cache, new: jax.Array, at: tuple) -> Cache:
+    """The cache with the keys or values of one more token of all slots."""
+
+    def one(old, new):
+        new = new.reshape(*[1] * (old.ndim - new.ndim), *new.shape)
+        written = jax.lax.dynamic_update_slice(old, new, at)
+        return constrain(written, *[None] * (old.ndim - 4), "batch", "kv_heads", None, None)
+
+    axis = -2 if new.shape[-1] == 1 else -1
+    return jax.tree.map(one, cache, stored(new, cache, axis))
+
+
+def _attend_prefixes(q: jax.Array, k: Cache, v: Cache, mask: jax.Array, blocks) -> list[jax.Array]:
+    """`_attend_blocks` of queries [N * B, K, G, D], B for each of N prefixes, over the keys of their prefix.
+
+    A prefix's queries meet its keys together, as [B * G] queries of one product. `mask` [N, B, P].
+    """
+    n = v.shape[0]
+    s, heads, g, d = q.shape
+    grid = q.reshape(n, -1, heads, g, d).swapaxes(1, 2).reshape(n, heads, -1, d)
+    part = _attend_blocks(grid, k, v, jnp.repeat(mask, g, axis=1)[:, None], blocks)
+    return [x.reshape(n, heads, -1, g, x.shape[-1]).swapaxes(1, 2).reshape(s, heads, g, -1) for x in part]
+
+
+def _attend_blocks(q, k: Cache, v: Cache, mask, blocks) -> list[jax.Array]:
+    """`_attend_part`, a block of `KEY_BLOCK` keys after the other, over `blocks`: from the first on (counted
+    modulo the cache's), how many. The rest of the cache is not read.
+
+    A GPU reads all at once: its host would have to start each round of a loop.
+    """
+    size = v.shape[-2]
+    if size <= KEY_BLOCK or size % KEY_BLOCK or platform() == "gpu":
+        return _attend_part(q, k, v, mask)
+    first, count = blocks
+
+    def block(x, i, axis):
+        start = (first + i) % (size // KEY_BLOCK) * KEY_BLOCK
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, axis), x)
+
+    def meet(i, done):
+        return _merge([done, _attend_part(q, block(k, i, -1), block(v, i, -2), block(mask, i, -1))])
+
+    nothing = (jnp.full((*q.shape[:3], 1), NEVER), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape))
+    return jax.lax.fori_loop(0, count, meet, [x.astype(jnp.float32) for x in nothing])
+
+
+def _merge(parts) -> list[jax.Array]:
+    """What `_attend_part` gives of all keys, from what it gives of parts of them."""
+    top = functools.reduce(jnp.maximum, [part[0] for part in parts])
+    scales = [jnp.exp(part[0] - top) for part in parts]
+    total = sum(scale * part[1] for scale, part in zip(scales, parts, strict=True))
+    return [top, total, sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))]
+
+
+def _normalized(part) -> jax.Array:
+    _, total, values = part
+    return values / total
+
+
+def _attend_part(q, k: Cache, v: Cache, mask) -> list[jax.Array]:
+    """Maximum, sum and weighted values, float32 [A, K, Q, 1 or D], of queries over some of their keys."""
+    # A scale is of a whole key or value, so it can be applied to the scores and the weights instead.
+    one = jnp.ones((1, 1), jnp.float32)
+    k, k_scale = k if isinstance(k, Int8) else (k, one)
+    v, v_scale = v if isinstance(v, Int8) else (v, one)
+    scores = jnp.einsum("akqd,akds->akqs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * k_scale, NEVER)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    weighted = (weights * v_scale.mT).astype(q.dtype)
+    values = jnp.einsum("akqs,aksd->akqd", weighted, v.astype(q.dtype), preferred_element_type=jnp.float32)
+    return [top, weights.sum(-1, keepdims=True), values]
