@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, GRID = "#6f7681", "#d9dce1"
-SERIES = ("#2f6fd0", "#d07a1f", "#2b9468", "#8a5fd0", "#cc4b63", "#1d94a8")
+SERIES = ("#2f6fd0", "#d07a1f", "#2b9468", "#8a5fd0", "#cc4b63", "#1d94a8", "#8c8a2b")
 _VARIABLES = {INK: "--muted", GRID: "--line"} | {
     colour: f"--series-{index}" for index, colour in enumerate(SERIES)
 }
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 12,

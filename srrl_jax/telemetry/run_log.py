@@ -11,7 +11,7 @@ from etils import epath
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 
-PHASES = ("rollout", "grade", "logprob", "update", "eval", "checkpoint")
+PHASES = ("relayout", "rollout", "grade", "logprob", "update", "eval", "checkpoint")
 """The parts of a step, in order; ``time/<phase>`` holds the seconds each one took."""
 
 

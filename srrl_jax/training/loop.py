@@ -24,7 +24,7 @@ from srrl_jax.training.experience import Task, grade, make_actor
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.mfu import update_mfu
-from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, judges_of, open_teacher
+from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, open_teacher, other_judges
 from srrl_jax.training.own import GraderFunction, Reward, bring
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
@@ -136,15 +136,16 @@ def train(
                 rollout_key, grade_key = keys_of(step, HELD_OUT)
                 weights = policy()
                 groups = answer(weights, held_out, config.eval.samples, rollout_key, "eval")
-                graded, controlled = {}, {}
-                for name in judges_of(config):  # "self" first, while there are its weights
-                    grader = judge(name, weights, grade_key)
+                grader, others = judge("self", weights, grade_key), {}
+                with session.phase("eval") as on_wave:
+                    graded = grade(grader, tokenizer, held_out, groups, on_wave)
+                    controls = control_items(held_out, graded, config.eval.controls)
+                    controlled = control_metrics(grader.grade(controls)) if controls else {}
+                for name in other_judges(config):
+                    grader = judge(name, weights, grade_key)  # from here on nobody needs the policy's
                     with session.phase("eval") as on_wave:
-                        graded[name] = grade(grader, tokenizer, held_out, groups, on_wave)
-                        if name == "self":
-                            controls = control_items(held_out, graded[name], config.eval.controls)
-                            controlled = control_metrics(grader.grade(controls)) if controls else {}
-                samples = sample_rows("eval", held_out, groups, graded.pop("self"), others=graded)
+                        others[name] = grade(grader, tokenizer, held_out, groups, on_wave)
+                samples = sample_rows("eval", held_out, groups, graded, others=others)
                 return eval_metrics(samples) | controlled, samples
 
             if session.fresh and held_out:
@@ -155,10 +156,12 @@ def train(
                 batch_tasks = with_lessons([tasks[row] for row in rows], lessons, config, step - 1)
 
                 groups, graded, rewards = experience(batch_tasks, step, TRAIN)
+                made = [*groups], [*graded]
                 for attempt in range(config.reward.resample):
                     if not (alike := np.flatnonzero(without_variance(rewards)).tolist()):
                         break
                     again = experience([batch_tasks[i] for i in alike], step, HELD_OUT + 1 + attempt)
+                    made = made[0] + again[0], made[1] + again[1]
                     for i, *new in zip(alike, *again, strict=True):
                         groups[i], graded[i], rewards[i] = new
                 # 3. Rewards relative to the group; an answer without a reward does not count.
@@ -185,7 +188,7 @@ def train(
                     more, held_out_samples = evaluate(step)
                     metrics |= more
                     samples += held_out_samples
-                session.times |= rates(groups, graded, session.times)
+                session.times |= rates(*made, session.times)
                 session.times |= update_mfu(
                     model.config, batch_tasks, groups, session.times["time/update"], config.lora.rank > 0
                 )

@@ -31,14 +31,14 @@ _SEEN = 4  # verdicts on a criterion, at least, before it can be called saturate
 _ALMOST = 0.05
 
 
-def judges_of(config: TrainConfig) -> list[str]:
-    """Who grades held-out answers: "self", and where the recipe has them "frozen", "teacher" and "own"."""
+def other_judges(config: TrainConfig) -> list[str]:
+    """Who grades held-out answers beside the policy: of "frozen", "teacher", "own" those of the recipe."""
     extra = {
         "frozen": config.eval.frozen,
         "teacher": config.teacher is not None,
         "own": config.judge == "own",
     }
-    return ["self", *(name for name, given in extra.items() if given)] if config.data.eval else []
+    return [name for name, given in extra.items() if given]
 
 
 def open_teacher(config: TrainConfig) -> AbstractContextManager[Teacher | None]:

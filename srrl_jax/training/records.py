@@ -59,9 +59,13 @@ def update_metrics(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]
 
 
 def rates(
-    groups: Sequence[Sequence[Completion]], graded: Sequence[Sequence[Graded]], times: dict[str, float]
+    groups: Sequence[Sequence[Completion]], graded: Sequence[Sequence[Graded]], times: Mapping[str, float]
 ) -> dict[str, float]:
-    """New tokens and verdicts a second of the rollout and grading phases."""
+    """New tokens and verdicts a second of the rollout and grading phases.
+
+    Args:
+      groups, graded: all that those phases made, of groups that were sampled anew too.
+    """
     tokens = sum(len(completion.tokens) for group in groups for completion in group)
     verdicts = sum(len(g.verdicts) for group in graded for g in group)
     return {

@@ -14,7 +14,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.rubrics import Criterion
 from srrl_jax.sampling import Completion
-from srrl_jax.training import train
+from srrl_jax.training import loop, train
 from srrl_jax.training.config import RewardConfig
 from srrl_jax.training.experience import Graded, Task
 from srrl_jax.training.own import OwnJudge, bring
@@ -122,6 +122,14 @@ def test_rows_that_are_no_examples_are_refused(recipe, tmp_path):
     example = load_examples(WORLD / "easy.jsonl")[0]
     with pytest.raises(InputError, match="'easy-0000' is there twice"):
         bring(recipe(tmp_path), rows=[example, example])
+
+
+def test_rates_count_what_was_sampled_anew(recipe, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(loop, "rates", lambda groups, graded, times: counted.append((groups, graded)) or {})
+    train(recipe(tmp_path, "steps=1", "reward.resample=2"), reward=lambda group: [0.0] * len(group.rewards))
+    ((groups, graded),) = counted
+    assert len(groups) == len(graded) == 3 * 2  # two prompts, none with variance in any attempt
 
 
 @pytest.mark.slow
