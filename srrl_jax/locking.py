@@ -40,14 +40,21 @@ def sole_writer(stem: epath.PathLike) -> Iterator[None]:
     Args:
       stem: e.g. run_dir/writer, or OUT.jsonl.writer; its folder is made.
     Raises:
-      InputError: another process holds it; names host, process, command and start.
+      InputError: another process holds it (names host, process, command and start), or nothing can be
+        written there.
     """
     if not is_main():
         yield
         return
     stem = storage.locate(stem)
     card = stem.with_name(f"{stem.name}.json")
-    card.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        card.parent.mkdir(parents=True, exist_ok=True)
+        writable = storage.is_remote(card) or os.access(card.parent, os.W_OK | os.X_OK)
+    except (FileExistsError, NotADirectoryError, PermissionError):
+        writable = False
+    if not writable:
+        raise InputError(f"{card.parent}: cannot write there; give another place, or mend the directory")
     with _lease(card) if storage.is_remote(card) else _lock(card):
         yield
 

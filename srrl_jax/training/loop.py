@@ -79,9 +79,9 @@ def train(
     mesh = make_mesh(config.mesh)
 
     with (
+        computing(mesh, config.dtype, config.matmul_precision),
         open_teacher(config) as teacher,
         sole_writer(f"{config.run_dir}/writer"),
-        computing(mesh, config.dtype, config.matmul_precision),
     ):
         model = network(config)
         lengths = run_tasks.lengths(config)
