@@ -1,6 +1,7 @@
 """`srrl evaluate` and `srrl meta-evaluate`: load, run, save, print."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,9 +108,11 @@ def run_meta_evaluate(
     runtime: Runtime,
 ) -> MetaResult:
     """Scores a checkpoint's or a file's verdicts; see `srrl meta-evaluate --help`. Raises InputError."""
-    rows = load_labels(labels)[:limit]
+    rows = load_labels(labels)
+    digest = hashlib.sha256(repr(rows).encode("utf-8", "backslashreplace")).hexdigest()
+    rows = rows[:limit]
     with sole_writer(f"{out}/writer"):
-        settings = {"labels": labels, "template": None}
+        settings = {"labels": labels, "labels_sha256": digest, "template": None}
         if grader.endswith(".jsonl"):
             verdicts = ready_verdicts(grader, len(rows))
         else:

@@ -11,7 +11,7 @@ import jax
 from srrl_jax.actor import Answer
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint
-from srrl_jax.evaluation.samples import append_lines, open_lines, write_results
+from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines, write_results
 from srrl_jax.evaluation.scores import (
     ADJUSTED,
     LENGTH_PENALTY,
@@ -117,6 +117,18 @@ def evaluate(
     done = {(line["prompt_id"], line["sample"]): line for line in lines}
     wanted = [(example, repeat) for repeat in range(repeats) for example in examples]
     todo = [pair for pair in wanted if (pair[0].prompt_id, pair[1]) not in done]
+    check_rows(
+        path,
+        (
+            (
+                example.prompt_id,
+                [line["prompt"], [[c["criterion"], c["points"]] for c in line["criteria"]]],
+                [list(example.prompt), [[c.criterion, c.points] for c in example.rubrics]],
+            )
+            for example, repeat in wanted
+            if (line := done.get((example.prompt_id, repeat)))
+        ),
+    )
     for part in _chunks(todo, chunk):
         on_progress(len(done), len(wanted))
         replies = answers.answer(*zip(*part, strict=True))

@@ -120,7 +120,8 @@ class Checkpoint:
         if longest + config.max_new_tokens > positions:
             raise InputError(
                 f"{self.name}: a prompt of {longest} tokens and {config.max_new_tokens} new ones are over "
-                f"its {positions} positions (max_position_embeddings); shorten the input or the reply"
+                f"its {positions} positions (max_position_embeddings); lower the limit of new tokens, or "
+                "shorten the input"
             )
         return Sampler(
             self.model,

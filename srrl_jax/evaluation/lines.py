@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, open_judge
-from srrl_jax.evaluation.samples import append_lines, open_lines
+from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines
 from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
 from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
@@ -58,7 +58,8 @@ def sample_file(
                     )
 
     with sole_writer(f"{out}.writer"):
-        done = _open(out, settings | {"sampling": dataclasses.asdict(config)}, "sample_id")
+        lines = _open(out, settings | {"sampling": dataclasses.asdict(config)}, rows)
+        done = {line["sample_id"] for line in lines}
         todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
         checkpoint = Checkpoint(model, runtime)
         count, chunk = lambda line: line["tokens"], 4 * runtime.batch
@@ -83,7 +84,7 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
         sole_writer(f"{out}.writer"),
         open_judge(model, config, runtime) as judge,
     ):
-        done = _open(out, settings | {"grading": judge.settings}, "grade_id")
+        done = {line["grade_id"] for line in _open(out, settings | {"grading": judge.settings}, rows)}
         todo = [row for row in rows if row[0] not in done]
 
         def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -134,9 +135,20 @@ def _rows(source: str, view: Callable[[dict[str, Any]], dict[str, Any]]) -> list
     return rows
 
 
-def _open(out: str, settings: dict[str, Any], name: str) -> set[str]:
-    """Ids of the lines that OUT holds."""
-    return {line[name] for line in open_lines(out, f"{out}.settings.json", settings)}
+def _open(out: str, settings: dict[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The lines that OUT holds, which have to be of these rows where they are of their names."""
+    lines = open_lines(out, f"{out}.settings.json", settings)
+    given = {name: row for name, row, _ in rows}
+    fields = (
+        ("prompt",) if settings["command"] == "sample" else ("prompt", "rubrics", "completion", "response")
+    )
+    compared = []
+    for line in lines:
+        name = line.get("grade_id") or line["sample_id"].rpartition(":")[0]
+        if name in given:
+            compared.append((name, [line.get(f) for f in fields], [given[name].get(f) for f in fields]))
+    check_rows(out, compared)
+    return lines
 
 
 def _work(out: str, todo: Sequence[Row], chunk: int, run, unit: str, count, shares) -> int:

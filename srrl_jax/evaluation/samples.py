@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srrl_jax.errors import InputError
+from srrl_jax.models.files import read_json
 from srrl_jax.telemetry import read_jsonl
 
 
@@ -14,12 +15,18 @@ def open_lines(path: str | Path, kept: str | Path, settings: dict[str, Any]) -> 
     """The whole lines that `path` holds already; what a kill left of another is cut off.
 
     Makes its directory if there is none. `settings` decide the lines and are written to `kept`.
-    Raises InputError when the lines were made with other settings.
+    Raises InputError when the lines were made with other settings, or `path` is no file of lines.
     """
     path, kept, settings = Path(path), Path(kept), json.loads(json.dumps(settings))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give the name of a file")
     if path.exists():
-        old = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        old = read_json(kept)
+        if not old:
+            raise InputError(
+                f"{path}: is there, but not {kept.name}, which says how it was made; give another"
+            )
         differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
         if differ:
             raise InputError(
@@ -32,6 +39,22 @@ def open_lines(path: str | Path, kept: str | Path, settings: dict[str, Any]) -> 
     if not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
     return lines
+
+
+def check_rows(path: str | Path, compared: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuses lines that were made from other rows than those given now.
+
+    Args:
+      compared: the name of a row, what its line has of it, and what it is now.
+    """
+    changed = (name for name, was, now in compared if was != json.loads(json.dumps(now)))
+    other = list(dict.fromkeys(changed))
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise InputError(
+            f"{path}: the rows of its lines have changed since: {', '.join(other[:3])}{more}. "
+            "Give the rows as they were, or another place"
+        )
 
 
 def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:

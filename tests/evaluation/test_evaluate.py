@@ -1,5 +1,6 @@
 """Answers and verdicts in, results out: with scripted judges, and with the embedded model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_other_settings_do_not_mix_with_what_is_there(examples, tmp_path):
     run(examples, tmp_path, Oracle(), seed=0)
     with pytest.raises(InputError, match="other settings: seed was 0, now 1"):
         run(examples, tmp_path, Oracle(), seed=1)
+
+
+def test_rows_that_changed_do_not_mix_with_what_is_there(examples, tmp_path):
+    run(examples, tmp_path, Oracle())
+    asked = dataclasses.replace(examples[1], prompt=({"role": "user", "content": "another question"},))
+    rubric = dataclasses.replace(examples[2], rubrics=examples[2].rubrics[1:])
+    with pytest.raises(InputError, match=f"have changed since: {asked.prompt_id}, {rubric.prompt_id}[.]"):
+        run([examples[0], asked, rubric, *examples[3:]], tmp_path, Oracle())
+    assert run(examples[:3], tmp_path, Oracle(patience=0)).responses == 6
 
 
 def test_responses_without_a_score_are_counted_and_in_no_mean(examples, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from srrl_jax import cli
 from srrl_jax.data import load_examples
+from srrl_jax.errors import InputError
 from srrl_jax.evaluation import lines
 from srrl_jax.evaluation.judge import Runtime, open_judge
 from srrl_jax.grading import GradingItem, JudgeConfig
@@ -169,3 +171,39 @@ for command in json.loads(sys.argv[1]):
     assert float32_of_eight == pytest.approx(float32, abs=1e-4)
     assert bfloat16_of_eight == pytest.approx(bfloat16, abs=0.05)
     assert bfloat16 != float32 and bfloat16 == pytest.approx(float32, abs=0.2)
+
+
+def test_an_out_of_other_rows_is_refused_and_further_rows_are_not(tmp_path):
+    def rows(*contents):
+        return [(f"p{i}:{i}", {"prompt": [{"content": text}]}, None) for i, text in enumerate(contents)]
+
+    out, settings = tmp_path / "out.jsonl", {"command": "sample"}
+    assert lines._open(str(out), settings, rows("a", "b")) == []
+    out.write_text(json.dumps({"sample_id": "p0:0:3", "prompt": [{"content": "a"}]}) + "\n")
+    assert len(lines._open(str(out), settings, rows("a", "b", "c"))) == 1
+    with pytest.raises(InputError, match="out.jsonl: the rows of its lines have changed since: p0:0"):
+        lines._open(str(out), settings, rows("another", "b"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda out: out.mkdir(), "is a directory"),
+        (lambda out: out.write_text("{}\n"), "but not out.jsonl.settings.json"),
+        (
+            lambda out: out.write_text("") or Path(f"{out}.settings.json").write_text("{broken"),
+            "out.jsonl.settings.json: not valid JSON",
+        ),
+    ],
+)
+def test_an_out_that_is_none_is_told(srrl, rows, tmp_path, capsys, spoil, message):
+    out = tmp_path / "there" / "out.jsonl"
+    out.parent.mkdir()
+    spoil(out)
+    assert srrl("sample", MODEL, rows, out) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_out_under_a_file_is_told(srrl, rows, capsys):
+    assert srrl("sample", MODEL, rows, rows / "out.jsonl") == 2
+    assert "cannot write there" in capsys.readouterr().err
