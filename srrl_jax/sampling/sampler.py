@@ -183,7 +183,7 @@ class Sampler:
         total, done = sum(map(len, branches)), 0
         weights = self.prepare(params)
         shared, shared_cache = self._begin(weights.params)
-        rule, key = self._everywhere(self.sampling_params(stop_ids)), self._everywhere(key)
+        rule, key = self._everywhere(self.sampling_params(stop_ids)), self._key(key)
         state, end, widths = self.jitted.empty(key), self.shapes.prefill[-1].lane, self.shapes.widths
         while scheduler.waiting or scheduler.running.any():
             while batch := scheduler.next_batch():
@@ -350,6 +350,11 @@ class Sampler:
     def _everywhere(self, values):
         """On every device."""
         return jax.device_put(values) if self.mesh is None else replicate(values, self.mesh)
+
+    def _key(self, key: jax.Array) -> jax.Array:
+        """A random key on every device; its numbers travel, since a key itself is no host array."""
+        numbers = self._everywhere(np.asarray(jax.random.key_data(key)))
+        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(key))
 
     def _place(self, arrays):
         return jax.device_put(arrays) if self.mesh is None else place_batch(arrays, self.mesh)
