@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from srrl_jax.errors import InputError
+from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, fields_of, runtime_of
 from srrl_jax.rubrics_cli import app as rubrics_app
-from srrl_jax.starting import Json, init, list_recipes
+from srrl_jax.starting import init, list_recipes
 from srrl_jax.viewer.command import view
 
 if TYPE_CHECKING:
-    from srrl_jax.evaluation.judge import Runtime
     from srrl_jax.grading import JudgeConfig
 
 # With these libtpu gathers the weights that `fsdp` cuts while it multiplies; without, it waits for each.
@@ -51,17 +51,7 @@ def _root(
 ) -> None: ...
 
 
-# Options that several commands have.
-Seed = Annotated[int, typer.Option(min=0)]
-Dtype = Annotated[
-    Literal["float32", "bfloat16"], typer.Option(help="Type of the weights and of the computation.")
-]
-Mesh = Annotated[
-    str,
-    typer.Option(
-        metavar="AXIS=SIZE,...", help="As a recipe's mesh, e.g. data=2,tensor=4; by default fsdp over all."
-    ),
-]
+# Options that several of these commands have.
 Template = Annotated[
     str, typer.Option(help="shared, healthbench, or a file: simple-evals' healthbench_eval.py is one.")
 ]
@@ -75,14 +65,6 @@ Tries = Annotated[int, typer.Option(min=1, help="Replies before a verdict is uns
 VerdictTokens = Annotated[int, typer.Option(min=1, help="Most tokens of a verdict.")]
 GraderThinks = Annotated[bool, typer.Option(help="Let the grader think.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")]
-Fields = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--field",
-        metavar="NAME=FIELD",
-        help="What the rows call prompt, rubrics, criterion or points, e.g. prompt=question.",
-    ),
-]
 
 
 @app.command("train")
@@ -256,7 +238,7 @@ def _check(
         thinking=thinking,
         max_prompt_tokens=max_prompt_tokens,
         max_points=max_points,
-        fields=_fields(field),
+        fields=fields_of(field),
     )
     if as_json:
         print(json.dumps(summary(checked), indent=1))
@@ -284,14 +266,8 @@ def _convert(
     """Write rows in another form, whole or in part: Easy is main --minus hard."""
     from srrl_jax.data.convert import convert
 
-    rows = convert(source, out, to, minus=minus, where=where or (), fields=_fields(field))
+    rows = convert(source, out, to, minus=minus, where=where or (), fields=fields_of(field))
     print(f"{rows} rows in {out}")
-
-
-def _fields(given: list[str] | None) -> dict[str, str]:
-    from srrl_jax.data.schemas import parse_fields
-
-    return parse_fields(given)
 
 
 @app.command("sample")
@@ -317,16 +293,9 @@ def _sample(
     from srrl_jax.sampling import SamplingConfig
 
     config = AnswerConfig(max_new_tokens, thinking, SamplingConfig(temperature, top_k, top_p, min_p))
-    runtime = _runtime(batch, dtype, mesh, seed)
+    runtime = runtime_of(batch, dtype, mesh, seed)
     lines = sample_file(model, source, out, samples=samples, config=config, runtime=runtime)
     print(f"{lines} new lines in {out}")
-
-
-def _runtime(batch: int, dtype: str, mesh: str, seed: int) -> "Runtime":
-    from srrl_jax.evaluation.judge import Runtime
-    from srrl_jax.parallel import MeshConfig
-
-    return Runtime(batch, dtype, MeshConfig.parse(mesh), seed)
 
 
 def _judging(
@@ -376,7 +345,7 @@ def _grade(
     from srrl_jax.evaluation.lines import grade_file
 
     config = _judging(template, tries, votes, together, max_new_tokens, verdict, thinking, temperature)
-    lines = grade_file(model, source, out, config=config, runtime=_runtime(batch, dtype, mesh, seed))
+    lines = grade_file(model, source, out, config=config, runtime=runtime_of(batch, dtype, mesh, seed))
     print(f"{lines} new lines in {out}")
 
 
@@ -431,7 +400,7 @@ def _evaluate(
         repeats=repeats,
         where=where or [],
         limit=limit,
-        fields=_fields(field),
+        fields=fields_of(field),
         length_penalty=length_penalty,
         as_json=as_json,
         answering=AnswerConfig(
@@ -447,7 +416,7 @@ def _evaluate(
             grader_thinking,
             grader_temperature,
         ),
-        runtime=_runtime(batch, dtype, mesh, seed),
+        runtime=runtime_of(batch, dtype, mesh, seed),
     )
 
 
@@ -482,7 +451,7 @@ def _meta_evaluate(
         limit=limit,
         as_json=as_json,
         judging=_judging(template, tries, votes, together, max_new_tokens, verdict, thinking, temperature),
-        runtime=_runtime(batch, dtype, mesh, seed),
+        runtime=runtime_of(batch, dtype, mesh, seed),
     )
 
 

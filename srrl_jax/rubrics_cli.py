@@ -1,29 +1,17 @@
 """`srrl rubrics`."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from srrl_jax.starting import Json
-
-if TYPE_CHECKING:
-    from srrl_jax.evaluation.judge import Runtime
+from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, fields_of, runtime_of
 
 app = typer.Typer(
     help="Rubrics for prompts that have none, and rubrics put to the test.", no_args_is_help=True
 )
 
-Field = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--field", metavar="NAME=FIELD", help="What the rows call prompt, rubrics, criterion, points."
-    ),
-]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts at one time.")]
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of weights and computation.")]
-Mesh = Annotated[str, typer.Option(help="Sizes of mesh axes, as in srrl grade.")]
-Seed = Annotated[int, typer.Option(min=0)]
 Temperature = Annotated[float, typer.Option(min=0)]
 Tokens = Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")]
 
@@ -41,7 +29,7 @@ def write(
     dtype: Dtype = "float32",
     mesh: Mesh = "",
     seed: Seed = 0,
-    field: Field = None,
+    field: Fields = None,
 ) -> None:
     """Write a rubric for each prompt, with signed points; exit code 1 where a prompt got none."""
     from srrl_jax.evaluation.judge import AnswerConfig
@@ -53,10 +41,10 @@ def write(
         prompts,
         out,
         writer=writer,
-        fields=_fields(field),
+        fields=fields_of(field),
         config=AnswerConfig(max_new_tokens, thinking, sampling),
         tries=tries,
-        runtime=_runtime(batch, dtype, mesh, seed),
+        runtime=runtime_of(batch, dtype, mesh, seed),
     )
     for line in failed:
         print(f"no rubric for {line}")
@@ -88,7 +76,7 @@ def audit(
     dtype: Dtype = "float32",
     mesh: Mesh = "",
     seed: Seed = 0,
-    field: Field = None,
+    field: Fields = None,
     as_json: Json = False,
 ) -> None:
     """Answer each row several times and say what its criteria are worth: which to keep, rewrite or drop."""
@@ -104,13 +92,13 @@ def audit(
         model=exported(model),
         grader=exported(grader),
         completions=completions,
-        fields=_fields(field),
+        fields=fields_of(field),
         limit=limit,
         samples=samples,
         second=second,
         answering=AnswerConfig(max_new_tokens, False, SamplingConfig(temperature=temperature)),
         judging=JudgeConfig(template=template, verdict=verdict, max_new_tokens=grader_max_new_tokens),
-        runtime=_runtime(batch, dtype, mesh, seed),
+        runtime=runtime_of(batch, dtype, mesh, seed),
     )
     told = counts(found)
     if as_json:
@@ -120,16 +108,3 @@ def audit(
         f"keep {told['keep']}, rewrite {told['rewrite']}, drop {told['drop']} criteria of {told['rows']} rows"
     )
     print(f"page: {out}/audit.html; cleaned: {out}/rows.jsonl ({told['rows_left_out']} rows left out)")
-
-
-def _runtime(batch: int, dtype: str, mesh: str, seed: int) -> "Runtime":
-    from srrl_jax.evaluation.judge import Runtime
-    from srrl_jax.parallel import MeshConfig
-
-    return Runtime(batch, dtype, MeshConfig.parse(mesh), seed)
-
-
-def _fields(given: list[str] | None) -> dict[str, str]:
-    from srrl_jax.data.schemas import parse_fields
-
-    return parse_fields(given)

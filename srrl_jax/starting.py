@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from srrl_jax.errors import InputError
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs, not a table.")]
+from srrl_jax.options import Json
 
 _RECIPE = """\
 # A first run of your own: the tiny model of the package on the rows beside this file, in a minute on a CPU.
