@@ -52,6 +52,26 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(shape, tree)
 
 
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes with the placements of a tree that may be coarser; None leaves them as they are."""
+    if places is None:
+        return shapes
+
+    def put(place, part):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+
+    return jax.tree.map(put, places, shapes)
+
+
+def peak_bytes(memory: Any) -> int:
+    """Most bytes of a device in use, of a compiled program's `memory_analysis`.
+
+    A CPU's compiler knows no peak: there it is all that it lays out.
+    """
+    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(memory.peak_memory_in_bytes or parts - memory.alias_size_in_bytes)
+
+
 def compile_ahead(
     programs: Sequence[Program],
     mesh: jax.sharding.Mesh,
@@ -69,9 +89,7 @@ def compile_ahead(
         start = time.perf_counter()
         with jax.set_mesh(mesh):  # which is of each thread
             memory = program.lower().compile().memory_analysis()
-        parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        size = memory.peak_memory_in_bytes or parts - memory.alias_size_in_bytes  # a CPU knows no peak
-        return Compiled(program.name, time.perf_counter() - start, int(size))
+        return Compiled(program.name, time.perf_counter() - start, peak_bytes(memory))
 
     with ThreadPoolExecutor(min(len(programs) or 1, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(compile_one, program) for program in programs]

@@ -112,6 +112,12 @@ def adamw(parameters: int) -> Work:
     return Work(12 * parameters, 4 * 7 * parameters, 0)
 
 
+def widest_mlp(c: Qwen3Config) -> int:
+    """Numbers between the products of a layer's MLP, for a token, in the layer that has most."""
+    sparse = c.moe.num_experts_per_tok * c.moe.moe_intermediate_size if c.moe else 0
+    return max(c.intermediate_size, sparse)
+
+
 def _widths(c: Qwen3Config) -> list[int]:
     """Of each layer's MLP, as one token meets it."""
     sparse = c.moe and c.moe.num_experts_per_tok * c.moe.moe_intermediate_size

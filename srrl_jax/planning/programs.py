@@ -17,7 +17,7 @@ from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import platform
 from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
-from srrl_jax.programs import Program
+from srrl_jax.programs import Program, peak_bytes, placed
 from srrl_jax.sampling import Sampler
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
@@ -99,7 +99,7 @@ class Setup(NamedTuple):
         _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
         state, base = (adapters, weights) if config.lora.rank else (weights, NOTHING)
         optimizer = make_optimizer(config.optimizer)
-        learnt, base = (_placed(part, shardings(part, mesh)) for part in (state, base))
+        learnt, base = (placed(part, shardings(part, mesh)) for part in (state, base))
         opt_state = optax.tree_utils.tree_map_params(
             optimizer,
             lambda x, p: _shaped(x, p.sharding),
@@ -221,7 +221,7 @@ class Compiler:
         self.found.append(
             Compiled(
                 name,
-                _peak(compiled.memory_analysis()) + size,
+                peak_bytes(compiled.memory_analysis()) + size,
                 size,
                 bytes_by_kind(sent),
                 bytes_outside(sent, self.island),
@@ -241,11 +241,6 @@ def bytes_here(tree: Any) -> int:
     )
 
 
-def _placed(tree: Any, places: Any) -> Any:
-    is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree.map(lambda x, s: x.replace(_shaped(x, s)), tree, places, is_leaf=is_leaf)
-
-
 def _shaped(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -255,12 +250,6 @@ def _options() -> dict[str, Any]:
         return {}
     old = jax.__version__.startswith("0.10.")
     return {"exec_time_optimization_effort": -1.0} if old else {"optimization_level": "O0"}
-
-
-def _peak(memory: Any) -> int:
-    """The CPU's compiler knows no peak: all that it lays out there."""
-    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return int(memory.peak_memory_in_bytes or parts - memory.alias_size_in_bytes)
 
 
 def _refused_array(message: str) -> str:

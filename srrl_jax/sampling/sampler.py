@@ -23,7 +23,7 @@ from srrl_jax.parallel import (
     shardings,
     to_host,
 )
-from srrl_jax.programs import Program, shapes_of
+from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling.decoder import Decoder, KeysValues
 from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, make_programs
 from srrl_jax.sampling.scheduler import Batch, Scheduler, batches, sort_rows
@@ -284,7 +284,7 @@ class Sampler:
         if self.shared:
             tokens = self._shapes(np.zeros(len(self.shared), np.int32), everywhere=True)
             yield Program("shared prefix", str(len(self.shared)), jitted.begin, (params, tokens))
-            shared, cache = _placed(jax.eval_shape(jitted.begin, params, tokens), jitted.shared_places)
+            shared, cache = placed(jax.eval_shape(jitted.begin, params, tokens), jitted.shared_places)
         empty = [(shape, Batch(shape, (-1,) * shape.rows)) for shape in self.shapes.prefill]
         arrivals = [self._shapes(self._pack(batch, [], [], [], [])) for _, batch in empty]
         if scores:
@@ -295,7 +295,7 @@ class Sampler:
         yield self.relayout(params)
         key = self._shapes(ANY_KEY, everywhere=True)
         yield Program("empty caches", "", jitted.empty, (key,))
-        state = _placed(jax.eval_shape(jitted.empty, key), jitted.places)
+        state = placed(jax.eval_shape(jitted.empty, key), jitted.places)
         scheduler = Scheduler([], [], self.shapes, self.shards)
         for (shape, batch), arrived in zip(empty, arrivals, strict=True):
             args = (params, shared, state, arrived, self._shapes(scheduler.admit(batch)), key)
@@ -316,7 +316,7 @@ class Sampler:
         """Shapes of what `prepare` makes of weights, and where they lie."""
         if self.mesh is None:
             return self.decoder
-        return _placed(self.decoder, shardings(self.decoder, self.mesh, ROLLOUT_RULES))
+        return placed(self.decoder, shardings(self.decoder, self.mesh, ROLLOUT_RULES))
 
     def sampling_params(self, stop_ids: Sequence[int]) -> SamplingParams:
         """On the host."""
@@ -364,7 +364,7 @@ class Sampler:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
         if self.mesh is None:
             return shapes
-        return _placed(shapes, NamedSharding(self.mesh, P()) if everywhere else batch_sharding(self.mesh))
+        return placed(shapes, NamedSharding(self.mesh, P()) if everywhere else batch_sharding(self.mesh))
 
     def _pack(
         self, batch: Batch, rows: Sequence[RowLengths], prefixes, branches, row_ids, whole: bool = False
@@ -402,14 +402,3 @@ class Sampler:
                     packed.owners[seat, index, first : first + len(branch)] = b
                 packed.first[seat, b], packed.lengths[seat, b] = index * lane + first, len(branch)
         return Arrivals(packed, last, ids)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    """Shapes with the placements of a tree that may be coarser; None leaves them as they are."""
-    if places is None:
-        return shapes
-
-    def put(place, part):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
-
-    return jax.tree.map(put, places, shapes)

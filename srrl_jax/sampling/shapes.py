@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srrl_jax.errors import InputError
+from srrl_jax.models import counts
 from srrl_jax.models.attention import BLOCK, platform
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.sampling.decoder import KEY_BLOCK
@@ -89,8 +90,8 @@ class Shapes:
         """The index of the smallest prefill shape that holds a row; None where the row does not fit."""
         if len(row.branches) > self.fan_out or max(1, *row.branches) + new_tokens > self.own:
             return None
+        lanes = lanes_needed(row.branches, self.prefill[-1].lane, self.apart)  # all have lanes alike
         for index, shape in enumerate(self.prefill):
-            lanes = lanes_needed(row.branches, shape.lane, self.apart)
             if row.prefix <= shape.prefix and lanes <= shape.lanes:
                 return index
         return None
@@ -123,9 +124,7 @@ class Memory:
         )
         size = jnp.dtype(self.dtype).itemsize
         key_values = 2 * c.num_hidden_layers * kv * c.head_dim * size  # of a token
-        inner = c.intermediate_size
-        if c.moe is not None:
-            inner = max(inner, c.moe.num_experts_per_tok * c.moe.moe_intermediate_size)
+        inner = counts.widest_mlp(c)
         layer = size * (4 * c.hidden_size + 2 * inner + (heads + 2 * kv) * c.head_dim)  # results within it
         cached = key_values * (shapes.rows * shapes.prefix + shapes.slots * shapes.own)
         enter = 0

@@ -15,7 +15,7 @@ from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import batch_sharding, in_memory, place_batch, replicate, shardings
-from srrl_jax.programs import Program, shapes_of
+from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
 from srrl_jax.training.checkpoint import TrainState, fingerprint
@@ -54,10 +54,7 @@ def minibatch_shapes(
         groups = [[completion] * config.group_size] * count
         batch = pack_groups([[0]] * count, groups, np.ones((count, config.group_size), bool), shapes)
         (part,) = split_batch(batch, 1, shapes.microbatch)
-        place = batch_sharding(mesh, row_axis=1)
-        found[size] = jax.tree.map(
-            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part
-        )
+        found[size] = placed(part, batch_sharding(mesh, row_axis=1))
     return found
 
 

@@ -191,7 +191,8 @@ def run_programs(config: TrainConfig, actor: Actor, learner: Learner, state: Tra
     acting = actor.programs(learner.policy(state.params), grades, replaced=config.frozen_grades)
     found: dict[tuple, Program] = {}
     for program in [*acting, *learner.programs(state)]:  # both roles move weights by one program
-        found.setdefault((program.function, str(program.args[1:]), str(program.static)), program)
+        shapes, structure = jax.tree.flatten((program.args, program.static))
+        found.setdefault((program.function, structure, *shapes), program)
     return list(found.values())
 
 

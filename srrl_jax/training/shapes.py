@@ -105,9 +105,7 @@ def _activations(config: TrainConfig, c: Qwen3Config, prompt: int, completion: i
     """Bytes that a prompt with its group takes on the devices that hold it, forward and backward."""
     width, tensor = jnp.dtype(config.dtype).itemsize, mesh.shape["tensor"]
     tokens = prompt + config.group_size * completion
-    inner = c.intermediate_size
-    if c.moe is not None:
-        inner = max(inner, c.moe.num_experts_per_tok * c.moe.moe_intermediate_size)
+    inner = counts.widest_mlp(c)
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     layer = width * (8 * c.hidden_size + 4 * inner + 3 * heads) / tensor  # of a token
     scores = 4 * 4 * c.num_attention_heads / tensor * min(BLOCK, completion) * (prompt + completion)
