@@ -102,8 +102,7 @@ class Checkpoint:
     ) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
         grader = Grader.at(config, self.tokenizer)
-        shared = grader.question.shared(grader.question.prefix(item) for item in items)
-        grader.sampler = self._sampler(config, list(map(grader.lengths, items)), shared)
+        grader.sampler = self._sampler(config, *grader.lengths(items))
         texts = repr([(list(item.prompt), item.response) for item in items])
         key = jax.random.fold_in(key, zlib.crc32(texts.encode()))
         actor = Actor(grader.sampler, grader)

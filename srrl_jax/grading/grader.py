@@ -4,7 +4,7 @@ Every response is a prefix (instructions, conversation, response), every criteri
 the response is read once, whatever the number of its criteria.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -72,13 +72,21 @@ class Grader:
             together=config.together,
         )
 
-    def lengths(self, item: GradingItem) -> RowLengths:
-        """Tokens of a response's prompt, and of each query about it: what a sampler is planned for."""
-        prefix, branches = self.encode(item)
-        lengths = list(map(len, branches))
-        if self.together:  # what is asked again may be of one criterion, which is worded otherwise
-            lengths = [max(lengths[0], *(len(self._branch(item, [c])) for c in range(len(item.criteria))))]
-        return RowLengths(len(prefix), lengths * (self.votes if self.verdict == "generate" else 1))
+    def lengths(self, items: Iterable[GradingItem]) -> tuple[list[RowLengths], tuple[int, ...]]:
+        """What a sampler is planned for: tokens of each response's prompt and of each query about it; and the
+        tokens that all prompts begin with."""
+        rows, prefixes = [], []
+        for item in items:
+            prefix, branches = self.encode(item)
+            lengths = list(map(len, branches))
+            if self.together:  # what is asked again may be of one criterion, which is worded otherwise
+                lengths = [
+                    max(lengths[0], *(len(self._branch(item, [c])) for c in range(len(item.criteria))))
+                ]
+            votes = self.votes if self.verdict == "generate" else 1
+            rows.append(RowLengths(len(prefix), lengths * votes))
+            prefixes.append(prefix)
+        return rows, self.question.shared(prefixes)
 
     def grade(
         self,

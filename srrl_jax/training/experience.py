@@ -48,21 +48,22 @@ class Task(NamedTuple):
 
 def encode_tasks(
     examples: Sequence[Example], source: str, grader: Grader, config: TrainConfig, positions: int
-) -> tuple[list[Task], list[str]]:
+) -> tuple[list[Task], list[str], tuple[int, ...]]:
     """Tokenizes all prompts and criteria, and checks them against the recipe's limits and the model's.
 
     Args:
       positions: that the model has.
     Returns:
-      The tasks, numbered by row, and the rows that were dropped, in words.
+      The tasks, numbered by row; the rows that were dropped, in words; and the tokens that all prompts of the
+      grader begin with.
     Raises:
       InputError: rows that are too long, unless `data.too_long` drops them: lists them, the worst first.
     """
     r, g, tokenizer = config.rollout, config.grading, grader.tokenizer
     tasks, excess = [], []
-    for row, example in enumerate(examples):
+    rows, shared = grader.lengths(GradingItem(e.prompt, "", e.rubrics) for e in examples)
+    for row, (example, asked) in enumerate(zip(examples, rows, strict=True)):
         prompt, opening = encode_prompt(tokenizer, example.prompt, r.thinking)
-        asked = grader.lengths(GradingItem(example.prompt, "", example.rubrics))
         reply = g.max_new_tokens if g.verdict == "generate" else 1
         wanted = [
             (len(prompt) + r.max_new_tokens, positions, "prompt and completion", "rollout.max_new_tokens"),
@@ -82,7 +83,7 @@ def encode_tasks(
             tasks.append(Task(example, prompt, opening, row, asked=asked))
     if excess and config.data.too_long == "error":
         raise too_long(source, excess)
-    return tasks, [_too_long_row(source, *each) for each in excess]
+    return tasks, [_too_long_row(source, *each) for each in excess], shared
 
 
 def too_long(source: str, excess: Sequence[tuple[int, str, int, int, str, str]]) -> InputError:

@@ -15,7 +15,7 @@ from srrl_jax import storage
 from srrl_jax.actor import Actor
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
-from srrl_jax.grading import Grader, GradingItem
+from srrl_jax.grading import Grader
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
 from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.models.weights import read_config
@@ -163,7 +163,7 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example
     examples = select(examples, config.data.where)
     grader = Grader.at(config.grading, tokenizer)
     positions = read_config(config.model).max_position_embeddings
-    train, dropped = encode_tasks(examples, config.data.train, grader, config, positions)
+    train, dropped, instructions = encode_tasks(examples, config.data.train, grader, config, positions)
     if not train:
         raise InputError(f"{config.data.train}: no row is left; the first that was too long: {dropped[0]}")
     identity = {"rows": _of_rows(examples), "grader_template": _sha256(config.grading.read_template())}
@@ -179,10 +179,9 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example
         check_disjoint(examples, held_out)
         identity["held_out_rows"] = _of_rows(held_out)
         rows = held_out[: config.eval.rows]
-        held_out, more = encode_tasks(rows, config.data.eval, grader, config, positions)
-        dropped += more
-    asked = (grader.question.prefix(GradingItem(t.example.prompt, "", ())) for t in train + held_out)
-    return Tasks(train, lessons, held_out, identity, dropped, grader.question.shared(asked))
+        held_out, more, others = encode_tasks(rows, config.data.eval, grader, config, positions)
+        dropped, instructions = dropped + more, os.path.commonprefix([instructions, others])
+    return Tasks(train, lessons, held_out, identity, dropped, instructions)
 
 
 def run_programs(config: TrainConfig, actor: Actor, learner: Learner, state: TrainState) -> list[Program]:

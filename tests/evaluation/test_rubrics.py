@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from srrl_jax.actor import Answer
@@ -28,18 +27,8 @@ def srrl(*arguments):
 
 
 @pytest.fixture
-def teacher(chat_server, tmp_path) -> Path:
-    path = tmp_path / "teacher.yaml"
-    settings = {
-        "base_url": chat_server.url,
-        "model": "writer-1",
-        "key_env": "TEACHER_KEY",
-        "cache": str(tmp_path / "cache.sqlite"),
-        "retries": 0,
-        "backoff": 0.001,
-    }
-    path.write_text(yaml.safe_dump(settings))
-    return path
+def teacher(chat_server, teacher_file) -> Path:
+    return teacher_file(chat_server.url, "writer-1", retries=0)
 
 
 @pytest.fixture

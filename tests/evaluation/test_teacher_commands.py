@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from srrl_jax.cli import app
@@ -22,19 +21,8 @@ def srrl(*arguments):
 
 
 @pytest.fixture
-def teacher(oracle_server, tmp_path) -> Path:
-    path = tmp_path / "teacher.yaml"
-    settings = {
-        "base_url": oracle_server.url,
-        "model": "oracle-1",
-        "key_env": "TEACHER_KEY",
-        "cache": str(tmp_path / "cache.sqlite"),
-        "template": str(WORLD / "grader.txt"),
-        "retries": 1,
-        "backoff": 0.001,
-    }
-    path.write_text(yaml.safe_dump(settings))
-    return path
+def teacher(oracle_server, teacher_file) -> Path:
+    return teacher_file(oracle_server.url, "oracle-1", template=str(WORLD / "grader.txt"), retries=1)
 
 
 @pytest.fixture
