@@ -9,8 +9,10 @@ An object store cannot append. There, a log is a row of objects, one for each ap
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import fsspec
+import yaml
 from etils import epath
 
 from srrl_jax.errors import InputError
@@ -41,6 +43,29 @@ def locate(path: epath.PathLike) -> epath.Path:
     except ImportError as error:  # its text names what to install
         raise InputError(f"{path}: {error}") from None
     return epath.Path(path)
+
+
+def read_yaml(path: epath.PathLike) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+      InputError: it is not there, cannot be read, or is no mapping; one line with file, line and mend.
+    """
+    path = epath.Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{path}{line}: not valid YAML ({what}); mend it there") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}:1: must be a mapping of keys to values; write it as `key: value` lines")
+    return values
 
 
 def parts(log: epath.PathLike) -> list[epath.Path]:

@@ -17,7 +17,7 @@ import httpx2 as httpx
 import tenacity
 from aiolimiter import AsyncLimiter
 
-from srrl_jax.errors import InputError
+from srrl_jax.errors import InputError, check_finite
 from srrl_jax.grading.cache import CachedReply, ReplyCache, request_id
 
 _RETRIED = frozenset({408, 409, 425, 429}) | frozenset(range(500, 600))
@@ -62,6 +62,7 @@ class EndpointConfig:
     price_out: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise InputError(

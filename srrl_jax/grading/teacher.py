@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import pydantic
-import yaml
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.grading.asking import GradingItem
 from srrl_jax.grading.config import AskingConfig
@@ -34,10 +34,7 @@ class TeacherConfig(EndpointConfig, AskingConfig):
     def load(cls, path: str | Path) -> Self:
         """Reads a YAML file of these keys. Raises InputError that names file and key."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            return pydantic.TypeAdapter(cls).validate_python(values)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: cannot be read as a teacher's YAML: {error}") from None
+            return pydantic.TypeAdapter(cls).validate_python(storage.read_yaml(path))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

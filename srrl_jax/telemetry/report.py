@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from etils import epath
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -94,7 +93,7 @@ def write_report(
         }
     page = environment.get_template("report.html").render(
         title=title or f"Self-rewarding run: {run_dir.name}",
-        facts=_facts(yaml.safe_load(config) or {}, metrics),
+        facts=_facts(storage.read_yaml(config_path) if config else {}, metrics),
         table=[_headline(row) for row in table or []],
         tiles=_tiles(metrics),
         charts=_charts(metrics, found.pop("axes"), curves or {}),

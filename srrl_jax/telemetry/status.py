@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from etils import epath
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +31,7 @@ def read_status(run_dir: str | Path, now: datetime | None = None) -> dict[str, A
     folder, now = storage.locate(run_dir), now or datetime.now(UTC)
     if not (folder / "config.yaml").exists():
         raise InputError(f"{run_dir}: no run is here (no config.yaml); give the run_dir of a recipe")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = storage.read_yaml(folder / "config.yaml")
     metrics, timings, events = (_tail(folder / f"{name}.jsonl") for name in ("metrics", "timings", "events"))
     path, trackers = folder / "progress.json", folder / "trackers.json"
     progress = json.loads(path.read_text()) if path.exists() else None

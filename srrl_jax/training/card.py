@@ -41,7 +41,7 @@ def write_card(
         else []
         for name in ("metrics", "events")
     }
-    recipe = without_paths(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    recipe = without_paths(storage.read_yaml(run_dir / "config.yaml"))
     known = {key: [row[key] for row in logs["metrics"] if row.get(key) is not None] for key in SCORES}
     front = {
         "library_name": "peft" if adapter else "transformers",

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from srrl_jax.errors import InputError
+from srrl_jax.errors import InputError, check_finite
 from srrl_jax.grading import JudgeConfig, TeacherConfig
 from srrl_jax.parallel import MeshConfig
 from srrl_jax.sampling import SamplingConfig
@@ -295,6 +295,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
+        check_finite(self)
         o, r, g = self.optimizer, self.rollout, self.grading
         least = {
             "steps": self.steps,
@@ -332,7 +333,6 @@ class TrainConfig:
         if r.sampling.truncates:
             # Probabilities in the update are those of the whole distribution.
             raise InputError("rollout.sampling: top_k, top_p and min_p must be off; training needs log-probs")
-        # Written so that NaN is refused too.
         not_negative = {
             "seed": self.seed,
             "kl_coef": self.kl_coef,

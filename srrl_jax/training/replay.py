@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import yaml
 from etils import epath
 
 from srrl_jax import storage
@@ -65,7 +64,7 @@ def replay(
     run_dir = storage.locate(run_dir)
     config = _config(run_dir)
     own = bring(dataclasses.replace(config, grader="policy"), reward, rows=rows)
-    known = yaml.safe_load((run_dir / "config.yaml").read_text()).get("identity", {})
+    known = storage.read_yaml(run_dir / "config.yaml").get("identity", {})
     if own.identity.get("reward") != known.get("reward"):
         raise _other(run_dir, "reward")
     if config.data.train == "rows" and rows is None:
@@ -142,7 +141,7 @@ def _config(run_dir: epath.Path) -> TrainConfig:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise InputError(f"{run_dir}: no config.yaml there; give the directory of a run")
-    return TrainConfig.from_dict(yaml.safe_load(path.read_text()), where=str(path))
+    return TrainConfig.from_dict(storage.read_yaml(path), where=str(path))
 
 
 def _samples(run_dir: epath.Path, steps: range) -> dict[tuple[str, int], list[dict]]:

@@ -30,6 +30,7 @@ from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task, encode_tasks
 from srrl_jax.training.learner import Learner
 from srrl_jax.training.lessons import load_lessons
+from srrl_jax.training.settings import merged
 from srrl_jax.training.shapes import RunLengths
 
 # Keys that may differ when a run resumes: they do not change what a step computes (`mesh`: only by
@@ -38,7 +39,6 @@ _SPEED = [f"teacher.{field.name}" for field in dataclasses.fields(TeacherConfig)
 NOTHING: Mapping[str, str] = MappingProxyType({})
 _MAY_CHANGE = (
     "run_dir",
-    "identity",
     "steps",
     "checkpoint",
     "eval",
@@ -68,7 +68,7 @@ def check_run(config: TrainConfig) -> list[str]:
             raise InputError(f"run_dir: cannot write {run_dir}: {existing} is not a writable directory")
     for name in config.trackers:
         find_tracker(name)
-    old, done = _begun(config)
+    old, _, done = _begun(config)
     if not done:
         return []
     differences = list(_differences(old, config.to_dict()))
@@ -80,7 +80,7 @@ def check_run(config: TrainConfig) -> list[str]:
         )
     if config.steps < done:
         raise InputError(f"steps: {run_dir} has done {done} already, more than {config.steps}")
-    return [text for key, text in differences if key not in ("run_dir", "identity")]
+    return [text for key, text in differences if key != "run_dir"]
 
 
 def check_identity(config: TrainConfig, identity: Mapping[str, str]) -> list[str]:
@@ -93,7 +93,7 @@ def check_identity(config: TrainConfig, identity: Mapping[str, str]) -> list[str
     Raises:
       InputError: others; names them all.
     """
-    known = _begun(config)[0].get("identity", {})
+    known = _begun(config)[1]
     changed = [name for name, value in identity.items() if known.get(name, value) != value]
     refused = [name for name in changed if name not in config.checkpoint.accept_changes]
     if refused:
@@ -105,12 +105,23 @@ def check_identity(config: TrainConfig, identity: Mapping[str, str]) -> list[str
     return [f"{name} changed, by checkpoint.accept_changes" for name in changed]
 
 
-def _begun(config: TrainConfig) -> tuple[dict, int]:
-    """config.yaml of the run in the recipe's directory, and its last checkpoint; ({}, 0) before the first."""
+def _begun(config: TrainConfig) -> tuple[dict, dict, int]:
+    """Recipe and identity of the run in the recipe's directory, and its last checkpoint; 0 before the first.
+
+    A key that the run is older than has its default.
+    """
     run_dir = storage.locate(config.run_dir)
     path, folder = run_dir / "config.yaml", run_dir / "checkpoints"
     done = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
-    return (yaml.safe_load(path.read_text()), max(done)) if path.exists() and done else ({}, 0)
+    if not (path.exists() and done):
+        return {}, {}, 0
+    try:
+        old = storage.read_yaml(path)
+        identity = old.pop("identity", {})
+        # Over the resolved recipe lies what was written, with keys that there are no more.
+        return merged(TrainConfig.from_dict(old, where=str(path)).to_dict(), old), identity, max(done)
+    except InputError as error:
+        raise InputError(f"{error}. Mend what the run wrote there, or give another run_dir") from None
 
 
 def write_config(config: TrainConfig, identity: Mapping[str, str] = NOTHING) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import yaml
 from etils import epath
 
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.starting import recipes
 
@@ -44,9 +45,10 @@ def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str
         try:
             _put(nested, key.split("."), yaml.safe_load(text))
         except yaml.YAMLError as error:
-            raise InputError(f"{override!r}: the value is not valid YAML: {error}") from None
+            problem = " ".join(str(error).split())
+            raise InputError(f"{override!r}: the value is not valid YAML: {problem}") from None
         _check_keys(kind, nested, where=override)
-        values = _merge(values, nested)
+        values = merged(values, nested)
     return _in_package(values)
 
 
@@ -80,22 +82,13 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML recipe over those that it inherits."""
     if path.resolve() in heirs:
         raise InputError(f"{path}: inherits: leads back to the recipe itself")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a config: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a config is a mapping of keys to values")
+    values = storage.read_yaml(path)
     values.pop("identity", None)  # what config.yaml of a run has beside the recipe
     parent = values.pop("inherits", None)
     if parent is None:
         return values
     parent = path.parent / _in_package(str(parent))  # an absolute path stays as it is
-    return _merge(_read(parent, (*heirs, path.resolve())), values)
+    return merged(_read(parent, (*heirs, path.resolve())), values)
 
 
 def _put(target: dict[str, Any], path: list[str], value: Any) -> None:
@@ -104,12 +97,13 @@ def _put(target: dict[str, Any], path: list[str], value: Any) -> None:
     target[path[-1]] = value
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """The values of both, nested ones too; where both have a key, those of `top`."""
+    found = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
+        found[key] = merged(base[key], value) if both else value
+    return found
 
 
 def _check_keys(kind: Any, values: dict[str, Any], where: str, path: str = "") -> None:

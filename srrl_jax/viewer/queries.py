@@ -7,8 +7,7 @@ their verdicts by `criterion` (its key), `axis` and `verdict` ("met", "unmet", "
 
 from collections.abc import Callable, Mapping
 
-import yaml
-
+from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry.curves import CHARTS, TILES
 from srrl_jax.telemetry.run_log import PHASES, read_metrics
@@ -74,7 +73,7 @@ def overview(index: Index, params: Params) -> dict:
         "warnings": list(warned),
         "last": next((e for e in reversed(events) if e["event"] != "warning"), None),
         "phases": PHASES,
-        "recipe": _flat(yaml.safe_load(config.read_text()) or {}) if config.is_file() else {},
+        "recipe": _flat(storage.read_yaml(config)) if config.is_file() else {},
     }
 
 

@@ -70,6 +70,34 @@ def test_a_run_without_a_checkpoint_may_change_its_recipe(recipe, tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict()
 
 
+def test_a_key_that_the_run_is_older_than_has_its_default(recipe, begun):
+    path = begun / "config.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["matmul_precision"], old["rollout"]["int8"]
+    path.write_text(yaml.safe_dump(old))
+    assert check_run(recipe(begun, "steps=4")) == []
+    with pytest.raises(InputError, match="matmul_precision was 'highest', now 'default'"):
+        check_run(recipe(begun, "steps=4", "matmul_precision=default"))
+    path.write_text(yaml.safe_dump(old | {"of_old": 3}))
+    with pytest.raises(InputError, match="of_old was 3, now None"):
+        check_run(recipe(begun, "steps=4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: x\nsteps: [1\n", "config.yaml:3: not valid YAML"),
+        ("", "config.yaml:1: must be a mapping"),
+        ("steps: many\n", "config.yaml: model: Field required|config.yaml: run_dir: Field required"),
+    ],
+)
+def test_a_broken_config_of_a_run_is_told_in_one_line(recipe, begun, text, said):
+    (begun / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=said) as error:
+        check_run(recipe(begun, "steps=4"))
+    assert "another run_dir" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_moved_run_goes_on_where_it_is(recipe, begun, tmp_path):
     moved = begun.rename(tmp_path.parent / f"{tmp_path.name}-moved")
     assert check_run(recipe(moved, "steps=4")) == []

@@ -72,7 +72,7 @@ def test_a_recipe_that_inherits_itself_is_refused(tmp_path):
     (tmp_path / "b.yaml").write_text("inherits: a.yaml")
     assert "inherits: leads back" in refused(path=tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("inherits: none.yaml")
-    assert "none.yaml: no such config file" in refused(path=tmp_path / "a.yaml")
+    assert "none.yaml: no such file" in refused(path=tmp_path / "a.yaml")
 
 
 def test_a_later_override_wins():
@@ -145,13 +145,19 @@ def test_a_missing_key_is_named(tmp_path, key):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "not valid YAML"), ("- 1\n", "mapping"), ("", "mapping"), (b"\xff\xfe", "cannot be read")],
+    [
+        ("a: 1\nb: [", ":2: not valid YAML (expected the node content"),
+        ("a: \0", ": not valid YAML (unacceptable character"),
+        ("- 1\n", ":1: must be a mapping"),
+        ("", ":1: must be a mapping"),
+        (b"\xff\xfe", ": cannot be read"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, said):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     message = refused(path=path)
-    assert message.startswith(f"{path}: ") and said in message
+    assert message.startswith(f"{path}{said}") and "\n" not in message
 
 
 def test_a_path_without_a_file_is_named(tmp_path):
@@ -175,7 +181,6 @@ def test_an_override_must_be_a_key_and_a_yaml_value():
         "group_size=1",
         "seed=-1",
         "kl_coef=-0.1",
-        "kl_coef=.nan",
         "rollout.max_new_tokens=0",
         "rollout.max_prompt_tokens=0",
         "rollout.sampling.temperature=0",
@@ -191,7 +196,6 @@ def test_an_override_must_be_a_key_and_a_yaml_value():
         "loss.clip_low=-0.1",
         "loss.clip_high=-0.1",
         "optimizer.learning_rate=-1",
-        "optimizer.learning_rate=.nan",
         "optimizer.warmup_steps=-1",
         "optimizer.weight_decay=-1",
         "optimizer.beta1=1",
@@ -218,6 +222,36 @@ def test_a_value_out_of_range_names_its_key(override):
     else:
         *room, name = key.split(".")
         assert re.search(rf"\b{name}\b", message) and ".".join(room) in message
+
+
+def test_no_number_of_a_recipe_may_be_infinite_or_nan(tmp_path):
+    """Whatever key it has: all that take a fraction, those of a map and those of a teacher too."""
+    teacher = {"base_url": "http://x/v1", "model": "m", "cache": "c"}
+
+    def floats(values, path=""):
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from floats(value, f"{path}{key}.")
+            elif isinstance(value, float) or value is None:
+                yield f"{path}{key}"
+
+    keys = [*floats(TrainConfig.load(DEMO, [f"teacher={teacher}"]).to_dict())]
+    keys = {*keys, "reward.axis_weights.accuracy", "teacher.parameters.top_p"}
+    assert {"kl_coef", "teacher.timeout", "eval.margin", "loss.dual_clip", "grading.memory_gb"} < keys
+    refusals = 0
+    for key in sorted(keys):
+        for value in (".inf", "-.inf", ".nan"):
+            try:
+                TrainConfig.load(DEMO, [f"teacher={teacher}", f"{key}={value}"])
+            except InputError as error:
+                name = key.rpartition(".")[2]
+                refusals += 1
+                assert name in str(error) and "\n" not in str(error)
+            else:
+                assert key in ("data.teacher", "checkpoint.best"), (key, value)
+    assert refusals > 90
+    message = refused("kl_coef=1.e+999")
+    assert message == f"{DEMO}: kl_coef: must be a finite number, not inf"
 
 
 def test_group_sizes_from_two_on_are_accepted():
