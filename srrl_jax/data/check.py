@@ -55,9 +55,9 @@ def check_rows(
     """Checks every row of a source and goes on after a fault.
 
     Faults: what `row_faults` names, JSON that cannot be read, a `prompt_id` that was there before, a
-    prompt with its rubric again, points of 0 or beyond `max_points` (HealthBench: 10), a prompt that
-    ends with the assistant's turn, that the chat template refuses, or that takes more than
-    `max_prompt_tokens` as rendered. Raises InputError only for a source that cannot be read at all.
+    prompt with its rubric again, points of 0 or beyond `max_points` (HealthBench: 10), a prompt that the
+    chat template refuses, or that takes more than `max_prompt_tokens` as rendered. Raises InputError only
+    for a source that cannot be read at all.
     """
     if max_prompt_tokens is not None and tokenizer is None:
         raise InputError("a limit of prompt tokens needs a tokenizer: give the directory of one")
@@ -98,8 +98,6 @@ def _repeats(example: Example, row: Row, ids: dict[str, str], contents: dict[tup
 
 def _values(example: Example, max_points: float) -> list[str]:
     faults = []
-    if example.prompt[-1]["role"] == "assistant":
-        faults.append("`prompt` ends with the assistant's turn: end it with the user's")
     for index, item in enumerate(example.rubrics):
         name = f"`rubrics[{index}].points`"
         if item.points == 0:

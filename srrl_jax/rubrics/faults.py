@@ -26,6 +26,10 @@ def _prompt(row: dict[str, Any]) -> Iterator[str]:
             continue
         yield from _text(turn, "role", f"{where}.")
         yield from _text(turn, "content", f"{where}.", may_be_empty=True)
+    turns = row.get("prompt")
+    if isinstance(turns, list | tuple) and turns and isinstance(turns[-1], dict):
+        if turns[-1].get("role") == "assistant":  # a chat template would begin another turn after it
+            yield "`prompt` ends with the assistant's turn: leave it out, so that the user's is the last"
 
 
 def _rubrics(row: dict[str, Any]) -> Iterator[str]:

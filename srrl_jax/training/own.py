@@ -15,7 +15,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Judge, Verdict
 from srrl_jax.imports import import_object
 from srrl_jax.parallel import gather, is_main
-from srrl_jax.rubrics import Criterion, Example, Message
+from srrl_jax.rubrics import Criterion, Example, Message, row_faults
 from srrl_jax.training.config import TrainConfig
 
 
@@ -197,6 +197,9 @@ def _sure(met: bool) -> Verdict:
 def _check_rows(rows: list[Any]) -> None:
     if not rows or not all(isinstance(row, Example) for row in rows):
         raise InputError("rows: must be at least one srrl_jax.rubrics.Example, see Example.from_dict")
+    for number, row in enumerate(rows):
+        if faults := row_faults(row.to_dict()):
+            raise InputError(f"rows[{number}]: {faults[0]}")
     (repeated, times), *_ = Counter(row.prompt_id for row in rows).most_common(1)
     if times > 1:
         raise InputError(f"rows: prompt_id {repeated!r} is there twice; give each row its own")

@@ -72,6 +72,10 @@ def test_full_row_of_several_turns_keeps_everything_and_ignores_extra_keys():
         (row(prompt=[{"role": "user"}]), r"`prompt\[0\]\.content` is missing"),
         (row(prompt=[{"role": " ", "content": "x"}]), r"`prompt\[0\]\.role` is empty"),
         (row(prompt=[{"role": "user", "content": None}]), r"content` must be a string, not null"),
+        (
+            row(prompt=[{"role": "assistant", "content": "x"}]),
+            "`prompt` ends with the assistant's turn: leave",
+        ),
         (row(rubrics=[{"criterion": "A"}]), r"`rubrics\[0\]\.points` is missing"),
         (row(rubrics=[{"criterion": "", "points": 1}]), r"`rubrics\[0\]\.criterion` is empty"),
         (row(rubrics=[{"criterion": 7, "points": 1}]), r"criterion` must be a string, not a int"),

@@ -12,7 +12,7 @@ import yaml
 from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
-from srrl_jax.rubrics import Criterion
+from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
 from srrl_jax.training import loop, train
 from srrl_jax.training.config import RewardConfig
@@ -119,6 +119,9 @@ def test_rows_that_are_no_examples_are_refused(recipe, tmp_path):
     for rows in ([], [{"prompt": "?"}]):
         with pytest.raises(InputError, match="rows: must be at least one"):
             bring(recipe(tmp_path), rows=rows)
+    answered = Example(({"role": "assistant", "content": "hi"},), (Criterion("A", 1),), "p")
+    with pytest.raises(InputError, match=r"rows\[0\]: `prompt` ends with the assistant's turn"):
+        bring(recipe(tmp_path), rows=[answered])
     example = load_examples(WORLD / "easy.jsonl")[0]
     with pytest.raises(InputError, match="'easy-0000' is there twice"):
         bring(recipe(tmp_path), rows=[example, example])
