@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from srrl_jax.data import load_examples, select
 from srrl_jax.evaluation.evaluate import Result, answers_of, evaluate, ready_answers
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, open_judge
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, identity_of, open_judge
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.evaluation.meta import MetaResult, grade_labels, meta_evaluate, ready_verdicts, save
 from srrl_jax.evaluation.tables import (
@@ -65,6 +65,7 @@ def run_evaluate(
                 **({"fields": dict(fields)} if fields else {}),
                 "template": template,
                 "judging": judge.settings,
+                "identity": identity_of(policy, judge),
             } | runtime.settings
             result = evaluate(
                 examples,
@@ -122,6 +123,7 @@ def run_meta_evaluate(
             ):
                 template = template_label(judge.settings)
                 settings |= {"template": template, "judging": judge.settings} | runtime.settings
+                settings["identity"] = identity_of(None, judge)
                 verdicts = grade_labels(
                     rows, judge, out, settings=settings, chunk=4 * runtime.batch, on_progress=on_progress
                 )

@@ -1,6 +1,7 @@
 """Who answers and who judges on the command line: checkpoints, each loaded once, or a teacher."""
 
 import dataclasses
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import (
     Grader,
     GradingItem,
+    Judge,
     JudgeConfig,
     Teacher,
     TeacherConfig,
@@ -23,7 +25,7 @@ from srrl_jax.grading import (
 )
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.parallel import MeshConfig, computing, make_mesh, row_shards
+from srrl_jax.parallel import MeshConfig, computing, fingerprint, make_mesh, row_shards
 from srrl_jax.rubrics import Message, template_sha256
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
@@ -55,6 +57,9 @@ class Runtime:
 class Checkpoint:
     """A model with its weights and its tokenizer, from a directory (safetensors or GGUF) or hub id.
 
+    Attributes:
+      identity: hashes of its "weights", "tokenizer" and "chat template". That of the weights is of every bit
+        in the type that they are computed in, not of their files or times: a copy is the same.
     Raises:
       InputError: see `Qwen3.from_pretrained` and `make_mesh`.
     """
@@ -66,6 +71,9 @@ class Checkpoint:
         self.tokenizer = load_tokenizer(source)
         self.model = Qwen3.from_pretrained(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
         self.weights = nnx.state(self.model)  # once prepared, both layouts
+        texts = [hashlib.sha256(part).hexdigest() for part in self.tokenizer.made_of]
+        self.identity = {"weights": f"{int(fingerprint(self.weights)):08x}"}
+        self.identity |= zip(("tokenizer", "chat template"), texts, strict=True)
 
     def answer(
         self, prompts: Sequence[Sequence[Message]], ids: Sequence[int], key: jax.Array, config: AnswerConfig
@@ -156,6 +164,14 @@ class CheckpointJudge:
         self, items: Sequence[GradingItem], on_wave: OnWave = lambda done, total: None
     ) -> list[list[Verdict]]:
         return self.checkpoint.grade(items, self.key, self.config, on_wave)
+
+
+def identity_of(answering: Checkpoint | None, judge: Judge | None) -> dict[str, str]:
+    """`Checkpoint.identity` of who answers, and of who judges where that is another checkpoint."""
+    found = dict(answering.identity) if answering else {}
+    if isinstance(judge, CheckpointJudge) and judge.checkpoint is not answering:
+        found |= {f"grader's {name}": value for name, value in judge.checkpoint.identity.items()}
+    return found
 
 
 @contextmanager

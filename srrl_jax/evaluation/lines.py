@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, open_judge
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, identity_of, open_judge
 from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines
 from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
@@ -58,10 +58,11 @@ def sample_file(
                     )
 
     with sole_writer(f"{out}.writer"):
-        lines = _open(out, settings | {"sampling": dataclasses.asdict(config)}, rows)
+        checkpoint = Checkpoint(model, runtime)
+        more = {"sampling": dataclasses.asdict(config), "identity": identity_of(checkpoint, None)}
+        lines = _open(out, settings | more, rows)
         done = {line["sample_id"] for line in lines}
         todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
-        checkpoint = Checkpoint(model, runtime)
         count, chunk = lambda line: line["tokens"], 4 * runtime.batch
         return _work(out, todo, chunk, run, "tokens", count, _completion_shares)
 
@@ -84,7 +85,8 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
         sole_writer(f"{out}.writer"),
         open_judge(model, config, runtime) as judge,
     ):
-        done = {line["grade_id"] for line in _open(out, settings | {"grading": judge.settings}, rows)}
+        more = {"grading": judge.settings, "identity": identity_of(None, judge)}
+        done = {line["grade_id"] for line in _open(out, settings | more, rows)}
         todo = [row for row in rows if row[0] not in done]
 
         def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from srrl_jax.data import load_examples
 from srrl_jax.data.sources import Prompt, load_prompts
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.evaluate import ready_answers
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, CheckpointJudge, Runtime
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, CheckpointJudge, Runtime, identity_of
 from srrl_jax.evaluation.samples import append_lines, open_lines
 from srrl_jax.grading import GradingItem, Judge, JudgeConfig, Teacher, TeacherConfig
 from srrl_jax.grading.endpoint import Endpoint
@@ -56,7 +56,8 @@ def write_rubrics(
     settings = {"command": "rubrics write", "writer": writer, "answering": dataclasses.asdict(config)}
     settings |= runtime.settings
     written, failed = 0, []
-    with sole_writer(f"{out}.writer"), open_writer(writer, config, runtime) as ask:
+    with sole_writer(f"{out}.writer"), open_writer(writer, config, runtime) as (ask, identity):
+        settings["identity"] = identity
         done = {line["prompt_id"] for line in open_lines(out, f"{out}.settings.json", settings)}
         todo = [prompt for prompt in prompts if prompt.example.prompt_id not in done]
         for start in range(0, len(todo), runtime.batch):
@@ -96,12 +97,13 @@ def _written(prompts: Sequence[Prompt], ask: Ask, tries: int, writer: str) -> It
 
 
 @contextmanager
-def open_writer(writer: str, config: AnswerConfig, runtime: Runtime) -> Iterator[Ask]:
-    """Whom a command names as writer: a checkpoint, or the endpoint of a teacher's YAML with its cache."""
+def open_writer(writer: str, config: AnswerConfig, runtime: Runtime) -> Iterator[tuple[Ask, dict[str, str]]]:
+    """Whom a command names as writer: a checkpoint, or the endpoint of a teacher's YAML
+    with its cache; and the `identity_of` a checkpoint."""
     if writer.endswith((".yaml", ".yml")):
         with Endpoint(TeacherConfig.load(writer)) as endpoint:
             try:
-                yield lambda asked: [reply.text if reply else "" for reply in endpoint.ask(asked)]
+                yield lambda asked: [reply.text if reply else "" for reply in endpoint.ask(asked)], {}
             finally:
                 print(f"writer {endpoint.config.model}: {endpoint.usage}", file=sys.stderr)
         return
@@ -114,7 +116,7 @@ def open_writer(writer: str, config: AnswerConfig, runtime: Runtime) -> Iterator
             reply.response for reply in checkpoint.answer(turns, ids, jax.random.key(runtime.seed), config)
         ]
 
-    yield ask
+    yield ask, identity_of(checkpoint, None)
 
 
 class AuditedRow(NamedTuple):
@@ -160,6 +162,7 @@ def audit_rubrics(
             settings = {"rows": source, "model": model, "samples": samples} | runtime.settings
             settings |= {"answering": dataclasses.asdict(answering)} if ready is None else ready.settings
             settings |= {"fields": dict(fields), "judging": [judge.settings for judge in judges]}
+            settings["identity"] = identity_of(policy, judges[0])
             lines = open_lines(f"{out}/samples.jsonl", f"{out}/settings.json", settings)
             seen = {(line["prompt_id"], line["sample"]): line for line in lines}
             todo = [e for e in examples if any((e.prompt_id, k) not in seen for k in range(samples))]

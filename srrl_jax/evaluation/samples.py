@@ -15,6 +15,8 @@ def open_lines(path: str | Path, kept: str | Path, settings: dict[str, Any]) -> 
     """The whole lines that `path` holds already; what a kill left of another is cut off.
 
     Makes its directory if there is none. `settings` decide the lines and are written to `kept`.
+    Under "identity" they may hold hashes of what is named there but may have changed (`identity_of`), which
+    are not compared where older lines lack them.
     Raises InputError when the lines were made with other settings, or `path` is no file of lines.
     """
     path, kept, settings = Path(path), Path(kept), json.loads(json.dumps(settings))
@@ -27,10 +29,21 @@ def open_lines(path: str | Path, kept: str | Path, settings: dict[str, Any]) -> 
             raise InputError(
                 f"{path}: is there, but not {kept.name}, which says how it was made; give another"
             )
-        differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
+        differ = [
+            f"{k} was {old.get(k)!r}, now {v!r}"
+            for k, v in settings.items()
+            if k != "identity" and old.get(k) != v
+        ]
         if differ:
             raise InputError(
                 f"{path} was made with other settings: {'; '.join(differ)}. Give them, or another place"
+            )
+        known, now = old.get("identity", {}), settings.get("identity", {})
+        changed = [name for name, value in now.items() if known.get(name, value) != value]
+        if changed:
+            raise InputError(
+                f"{path} was made with other {', '.join(changed)}, which have changed where they lie (hashes "
+                f"are in {kept.name}). Give what they were, or another place"
             )
     kept.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if not path.exists():

@@ -1,5 +1,6 @@
 """Mesh, logical axes, placement, and several processes."""
 
+from srrl_jax.parallel.fingerprint import fingerprint
 from srrl_jax.parallel.mesh import (
     ROLLOUT_RULES,
     MeshConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "computing",
     "constrain",
     "end_together",
+    "fingerprint",
     "gather",
     "in_memory",
     "is_main",

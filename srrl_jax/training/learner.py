@@ -14,11 +14,11 @@ from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import batch_sharding, in_memory, place_batch, replicate, shardings
+from srrl_jax.parallel import batch_sharding, fingerprint, in_memory, place_batch, replicate, shardings
 from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
-from srrl_jax.training.checkpoint import TrainState, fingerprint
+from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies

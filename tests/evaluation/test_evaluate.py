@@ -184,6 +184,8 @@ def test_the_embedded_model_answers_and_grades_itself(tmp_path):
     assert other.exit_code == 0 and "ready" in other.output
     again = read_jsonl(tmp_path / "ready" / "samples.jsonl")
     assert [s["criteria"] for s in again] == [s["criteria"] for s in samples]
+    judge = json.loads((tmp_path / "ready" / "results.json").read_text())["identity"]
+    assert judge == {f"grader's {name}": value for name, value in results["identity"].items()} != {}
 
 
 def test_simple_evals_own_template_is_known_by_its_text():

@@ -59,6 +59,16 @@ def test_sample_then_grade_and_resume(srrl, rows, tmp_path, capsys):
     assert sampled.read_bytes() == whole
     assert srrl(*sample, "--seed", 1) == 2
     assert "seed was 0, now 1" in capsys.readouterr().err
+    kept = Path(f"{sampled}.settings.json")
+    settings = json.loads(kept.read_text())
+    settings["identity"]["weights"] = "others"
+    kept.write_text(json.dumps(settings))
+    assert srrl(*sample) == 2
+    assert "sampled.jsonl was made with other weights, which have changed" in capsys.readouterr().err
+    del settings["identity"]  # as an older version wrote it
+    kept.write_text(json.dumps(settings))
+    assert srrl(*sample) == 0
+    assert json.loads(kept.read_text())["identity"].keys() == {"weights", "tokenizer", "chat template"}
 
     assert srrl("grade", MODEL, sampled, graded, *GRADE) == 0
     result = read(graded)
@@ -69,6 +79,8 @@ def test_sample_then_grade_and_resume(srrl, rows, tmp_path, capsys):
         assert line["reward"] == met / sum(v["points"] for v in line["verdicts"] if v["points"] > 0)
     assert srrl("grade", MODEL, sampled, graded, *GRADE) == 0
     assert "0 new lines" in capsys.readouterr().out
+    kept = Path(f"{graded}.settings.json")
+    assert "grader's weights" in json.loads(kept.read_text())["identity"]
 
 
 def test_bad_rows_are_named_by_file_and_line(srrl, rows, tmp_path, capsys):

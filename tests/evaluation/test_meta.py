@@ -138,6 +138,7 @@ def test_the_embedded_model_against_the_oracle(labels, tmp_path):
     truth = [r.labels[0] for r in rows]
     assert sum(a == b for a, b in zip(met, truth, strict=True)) / len(met) > 0.9
     saved = json.loads((tmp_path / "results.json").read_text())
+    assert "grader's weights" in saved["identity"]
     assert saved["pooled"]["pairs"] == 24 - 2 * met.count(None)
     ready = CliRunner().invoke(
         app,

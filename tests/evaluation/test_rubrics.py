@@ -90,15 +90,21 @@ def test_a_model_of_the_machine_writes_too(prompts, tmp_path, monkeypatch):
     class Checkpoint:
         def __init__(self, source, runtime):
             assert source == "some/model" and runtime.batch == 3
+            self.identity = {"weights": weights}
 
         def answer(self, turns, ids, key, config):
             calls.append(ids)
             return [Answer("", json.dumps(RUBRIC), 3, False) for _ in turns]
 
     monkeypatch.setattr("srrl_jax.evaluation.rubrics.Checkpoint", Checkpoint)
-    done = srrl("rubrics", "write", prompts, tmp_path / "out.jsonl", "--writer", "some/model", "--batch", 3)
+    command = ("rubrics", "write", prompts, tmp_path / "out.jsonl", "--writer", "some/model", "--batch", 3)
+    weights = "a"
+    done = srrl(*command)
     assert done.exit_code == 0 and len(load_examples(tmp_path / "out.jsonl")) == 6
     assert [len(set(ids)) for ids in calls] == [3, 3]
+    weights = "b"
+    with pytest.raises(InputError, match="was made with other weights"):
+        srrl(*command)
 
 
 def test_bad_prompts_are_refused_before_a_writer_is_asked(teacher, chat_server, tmp_path):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
-from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState, fingerprint
+from srrl_jax.parallel import fingerprint
+from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import CheckpointConfig
 
 
