@@ -2,11 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+
+from srrl_jax.errors import InputError
 
 
 class Program(NamedTuple):
@@ -39,6 +42,33 @@ class Compiled(NamedTuple):
     name: str
     seconds: float
     bytes: int
+
+
+class DoesNotFit(InputError):
+    """A device has too little memory.
+
+    Attributes:
+      what: took too much, such as a program's name.
+      told: how much, in words.
+    """
+
+    def __init__(self, what: str, told: str, mend: str = ""):
+        self.what, self.told = what, told
+        super().__init__(f"{what}: does not fit the memory of a device ({told}). {mend}".strip())
+
+
+@contextmanager
+def fitting(what: str, mend: str = "") -> Iterator[None]:
+    """Raises `DoesNotFit` for a compiler's or a device's own error of that kind."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        words = str(error).partition("RESOURCE_EXHAUSTED: ")[2]
+        if not words:
+            raise
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        has = f"; it has {limit / 1e9:.1f} GB" if limit else ""
+        raise DoesNotFit(what, f"{words.splitlines()[0][:300]}{has}", mend) from error
 
 
 def shapes_of(tree: Any) -> Any:
@@ -82,12 +112,13 @@ def compile_ahead(
     Args:
       on_compiled: told each that is done, and how many there are.
     Raises:
-      The compiler's own errors, such as that a program does not fit the memory.
+      DoesNotFit: by the name of the program.
+      The compiler's other errors.
     """
 
     def compile_one(program: Program) -> Compiled:
         start = time.perf_counter()
-        with jax.set_mesh(mesh):  # which is of each thread
+        with fitting(program.name), jax.set_mesh(mesh):  # which is of each thread
             memory = program.lower().compile().memory_analysis()
         return Compiled(program.name, time.perf_counter() - start, peak_bytes(memory))
 

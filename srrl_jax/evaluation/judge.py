@@ -26,8 +26,11 @@ from srrl_jax.grading import (
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import MeshConfig, computing, fingerprint, make_mesh, row_shards
+from srrl_jax.programs import fitting
 from srrl_jax.rubrics import Message, template_sha256
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
+
+_LOWER = "Lower --batch or --max-new-tokens, give --dtype bfloat16, or a --mesh over more devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Checkpoint:
         cut = row_shards(self.mesh)
         self.rows = -(-runtime.batch // cut) * cut
         self.tokenizer = load_tokenizer(source)
-        self.model = Qwen3.from_pretrained(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
+        with fitting(f"{source}: its weights", "Give --dtype bfloat16, or a --mesh over more devices"):
+            self.model = Qwen3.from_pretrained(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
         self.weights = nnx.state(self.model)  # once prepared, both layouts
         texts = [hashlib.sha256(part).hexdigest() for part in self.tokenizer.made_of]
         self.identity = {"weights": f"{int(fingerprint(self.weights)):08x}"}
@@ -93,7 +97,7 @@ class Checkpoint:
         asked = [encode_prompt(self.tokenizer, prompt, config.thinking) for prompt in prompts]
         tokens = [prompt for prompt, _ in asked]
         actor = Actor(self._sampler(config, [RowLengths(len(prompt), [0] * samples) for prompt in tokens]))
-        with computing(self.mesh, self.dtype):
+        with fitting(f"{self.name}: sampling", _LOWER), computing(self.mesh, self.dtype):
             self.weights = actor.prepare(self.weights)
             groups = actor.answer(self.weights, tokens, samples, key, ids)
         return [
@@ -114,7 +118,7 @@ class Checkpoint:
         texts = repr([(list(item.prompt), item.response) for item in items])
         key = jax.random.fold_in(key, zlib.crc32(texts.encode()))
         actor = Actor(grader.sampler, grader)
-        with computing(self.mesh, self.dtype):
+        with fitting(f"{self.name}: grading", _LOWER), computing(self.mesh, self.dtype):
             if config.verdict == "generate":  # else nothing is decoded
                 self.weights = actor.prepare(self.weights)
             return actor.judge(self.weights, key).grade(items, on_wave)

@@ -16,7 +16,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import fingerprint
+from srrl_jax.programs import DoesNotFit
 from srrl_jax.training.config import CheckpointConfig
+from srrl_jax.training.memory import fits
 
 
 class TrainState(NamedTuple):
@@ -137,12 +139,15 @@ class Checkpoints:
         Newer ones that cannot be read are set aside, as `damaged-STEP`; the messages name them.
 
         Raises:
-          InputError: there are checkpoints, but none can be read. They stay in place.
+          InputError: there are checkpoints, but none can be read, or not into the memory. They stay in place.
         """
         damaged: dict[int, Exception] = {}
         for step in reversed(self.steps()):
             try:
-                position, state = self.restore(step, like)
+                with fits("weights"):
+                    position, state = self.restore(step, like)
+            except DoesNotFit:
+                raise
             except Exception as error:  # damage shows in whatever way the readers fail
                 if jax.process_count() > 1:  # maybe here alone, while the others wait for its arrays
                     raise InputError(

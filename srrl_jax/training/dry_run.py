@@ -15,6 +15,7 @@ from srrl_jax.sampling.shapes import default_budget
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
 from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.memory import fits
 from srrl_jax.training.run import Tasks, check_run, load_tasks, run_programs
 
 
@@ -45,7 +46,8 @@ def dry_run(config: TrainConfig) -> None:
         def told(compiled: Compiled, total: int) -> None:
             progress.update(bar, advance=1, description=f"compiled {compiled.name}")
 
-        found = compile_ahead(programs, mesh, told)
+        with fits("compile"):
+            found = compile_ahead(programs, mesh, told)
     table = Table(title=f"{len(found)} programs; a device has {2 * default_budget() / GIB:.1f} GiB")
     for name in ("program", "seconds", "GiB of a device"):
         table.add_column(name, justify="left" if name == "program" else "right")

@@ -22,6 +22,7 @@ from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies
+from srrl_jax.training.memory import fits
 from srrl_jax.training.shapes import UpdateShapes, plan_update
 from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
 
@@ -90,6 +91,7 @@ class Learner:
       InputError: a microbatch that the mesh cannot cut.
     """
 
+    @fits("weights")
     def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, longest_prompt: int):
         self.shapes = plan_update(config, model.config, longest_prompt, mesh)
         self._config, self._mesh = config, mesh
@@ -123,6 +125,7 @@ class Learner:
         """Of the weights that `model` names, for any change of a bit; to be called before `start`."""
         return f"{int(fingerprint(self._base if self._config.lora.rank else self._start)):08x}"
 
+    @fits("weights")
     def start(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""
         params, self._start = self._start, None

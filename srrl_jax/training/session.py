@@ -13,7 +13,7 @@ from rich.text import Text
 from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main
-from srrl_jax.programs import Compiled, Program, compile_ahead
+from srrl_jax.programs import Compiled, DoesNotFit, Program, compile_ahead
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.telemetry.trackers import Trackers
@@ -21,6 +21,7 @@ from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.guards import SkippedUpdates, new_warnings
+from srrl_jax.training.memory import fits
 from srrl_jax.training.monitor import parting
 from srrl_jax.training.preemption import Preempted, Preemption
 from srrl_jax.training.records import tokens_path, write_tokens
@@ -61,7 +62,8 @@ class Session:
         self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
         self._saved: int | None = None
         self._next_beat = 0.0
-        self._compiled = False  # ahead, all that was known
+        self._compiled: list[Compiled] = []  # ahead, all that was known
+        self._state: TrainState | None = None
         self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -120,9 +122,9 @@ class Session:
                 self._live.compiling(compiled.name)
                 tell(done, total)
 
-            compile_ahead(programs, mesh, told)
+            compiled = compile_ahead(programs, mesh, told)
         self._live.compiling("")
-        self._compiled = True
+        self._compiled = compiled
 
     def _compiled_late(self, name: str, seconds: float) -> None:
         """Tells of a program that was not compiled ahead; small ones are not worth it."""
@@ -160,7 +162,7 @@ class Session:
         if name in _SAFE:
             self._preemption.check()
         self._beat(name)
-        with self._live.phase(name):
+        with fits(name, self._compiled), self._live.phase(name):
             yield progress
         self._took(name, time.perf_counter() - start)
 
@@ -232,6 +234,10 @@ class Session:
         if not isinstance(error, Preempted):
             # Of several processes another may have been lost first; the run goes on with its next start.
             told = isinstance(error, InputError) or jax.process_count() == 1
+            if isinstance(error, DoesNotFit) and self._state is not None:
+                # After an update the arrays of the step before are given away.
+                if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+                    self._save()
             if error is not None and told and is_main():
                 with suppress(OSError):  # such as the full disk that ended the run
                     self.log.event(self.step, "failed", f"{kind.__name__}: {error}")
