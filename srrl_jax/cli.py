@@ -278,7 +278,7 @@ def _sample(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples of each row.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    top_k: Seed = 20,
+    top_k: Annotated[int, typer.Option(min=0)] = 20,
     top_p: Annotated[float, typer.Option()] = 0.95,
     min_p: Annotated[float, typer.Option()] = 0.0,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from srrl_jax.evaluation.judge import Runtime
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs, not a table.")]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Dtype = Annotated[
     Literal["float32", "bfloat16"], typer.Option(help="Type of the weights and of the computation.")
 ]

@@ -22,7 +22,7 @@ from srrl_jax.evaluation.scores import (
     summarize,
 )
 from srrl_jax.grading import GradingItem, Judge, Verdict
-from srrl_jax.rubrics import Example, score_response, visible_response
+from srrl_jax.rubrics import Example, score_response, text_faults, visible_response
 from srrl_jax.telemetry import iter_jsonl
 
 
@@ -70,10 +70,9 @@ def ready_answers(name: str, path: str | Path, examples: Sequence[Example], repe
     """
     found = defaultdict(list)
     for number, line in enumerate(iter_jsonl(path), start=1):
-        prompt_id, text = line.get("prompt_id"), line.get("completion")
-        if not isinstance(prompt_id, str) or not isinstance(text, str):
-            raise InputError(f'{path}: object {number} must have the strings "prompt_id" and "completion"')
-        found[prompt_id].append(text)
+        if faults := [*text_faults(line, "prompt_id"), *text_faults(line, "completion")]:
+            raise InputError(f"{path}: object {number}: {faults[0]}")
+        found[line["prompt_id"]].append(line["completion"])
     short = [e.prompt_id for e in examples if len(found[e.prompt_id]) < repeats]
     if short:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from srrl_jax.data import read_rows
 from srrl_jax.errors import InputError
-from srrl_jax.rubrics import Criterion, Message, row_faults
+from srrl_jax.rubrics import Criterion, Message, row_faults, text_faults
 
 _POINTS = re.compile(r"\[(-?\d+(?:\.\d+)?)\]\s*(?=\S)")
 
@@ -58,8 +58,8 @@ def _label_row(row: Any) -> LabelRow:
     prompt, response = row.get("prompt"), row.get("completion")
     if "conversation" in row:
         prompt, response = _split(row["conversation"])
-    if not isinstance(response, str):
-        raise ValueError("`completion` must be a string: the response that was labelled")
+    if faults := text_faults({"completion": response}, "completion"):
+        raise ValueError(f"{faults[0]}: the response that was labelled")
     criterion = row["criterion"] if "criterion" in row else row.get("rubric")
     points = row.get("points")
     if isinstance(criterion, str) and (match := _POINTS.match(criterion)):

@@ -16,7 +16,7 @@ from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, identit
 from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines
 from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
-from srrl_jax.rubrics import Example, row_faults, score_response, visible_response
+from srrl_jax.rubrics import Example, row_faults, score_response, text_faults, visible_response
 from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.telemetry.signs import completion_shares, tell, verdict_shares
 
@@ -78,8 +78,10 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
     """
     rows = _rows(source, lambda row: row)
     for (_, row, _), where in zip(rows, _places(source), strict=True):
-        if not isinstance(row.get("response", row.get("completion")), str):
+        if "response" not in row and "completion" not in row:
             raise InputError(f"{where}: no text to grade; add `completion` or `response`")
+        if faults := text_faults(row, "response" if "response" in row else "completion"):
+            raise InputError(f"{where}: {faults[0]}")
     settings = {"command": "grade", "model": model} | runtime.settings
     with (
         sole_writer(f"{out}.writer"),

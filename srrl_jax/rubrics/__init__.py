@@ -3,7 +3,7 @@
 Pure Python, standard library only; nothing here knows about models or JAX.
 """
 
-from srrl_jax.rubrics.faults import row_faults
+from srrl_jax.rubrics.faults import row_faults, text_faults
 from srrl_jax.rubrics.prompts import (
     SIMPLE_EVALS_SHA256,
     criteria_prompt,
@@ -32,5 +32,6 @@ __all__ = [
     "row_faults",
     "score_response",
     "template_sha256",
+    "text_faults",
     "visible_response",
 ]

@@ -1,9 +1,11 @@
 """What is wrong with a row, field by field, and how to mend it."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 _MOST_POINTS = 1e6
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def row_faults(row: Any) -> list[str]:
@@ -15,6 +17,11 @@ def row_faults(row: Any) -> list[str]:
     if not isinstance(row, dict):
         return [f"a row must be an object with `prompt` and `rubrics`, not {_is(row)}"]
     return [*_prompt(row), *_rubrics(row), *_prompt_id(row), *_tags(row, "example_tags")]
+
+
+def text_faults(item: dict[str, Any], key: str) -> list[str]:
+    """What is wrong with a text that a row has to have, such as a response to grade."""
+    return list(_text(item, key, may_be_empty=True))
 
 
 def _prompt(row: dict[str, Any]) -> Iterator[str]:
@@ -78,6 +85,8 @@ def _text(item: dict[str, Any], key: str, where: str = "", may_be_empty: bool = 
         yield f"`{where}{key}` must be a string, not {_is(item[key])}"
     elif not may_be_empty and not item[key].strip():
         yield f"`{where}{key}` is empty: give it some text"
+    elif _HALF.search(item[key]):
+        yield f"`{where}{key}` holds half of a surrogate pair, which no tokenizer reads: write it anew"
 
 
 def _points(item: dict[str, Any], where: str) -> Iterator[str]:

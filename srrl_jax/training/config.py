@@ -352,6 +352,8 @@ class TrainConfig:
         for key, value in not_negative.items():
             if not value >= 0:
                 raise InputError(f"{key}: must not be negative, not {value}")
+        if self.seed >= 2**32:  # JAX would take the lower 32 bits
+            raise InputError(f"seed: must be below 2**32, not {self.seed}")
         for key, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
             if not 0 <= value < 1:
                 raise InputError(f"{key}: must be from 0 to below 1, not {value}")

@@ -166,12 +166,18 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example
     """Reads and tokenizes all rows; `rows` take the place of data.train.
 
     Raises:
-      InputError: what cannot be read, is too long, or is in training and held-out rows alike.
+      InputError: what cannot be read, is too long, or is in training and held-out rows alike; a weight of an
+        axis that no row has.
     """
     examples = load_examples(config.data.train, config.data.fields) if rows is None else rows
     if config.data.minus is not None:
         examples = subtract(examples, load_examples(config.data.minus, config.data.fields))
     examples = select(examples, config.data.where)
+    axes = sorted({item.axis for row in examples for item in row.rubrics} - {""})
+    for axis in config.reward.axis_weights:
+        if axis not in axes:
+            known = f"the axes are {', '.join(axes)}" if axes else "none has an axis"
+            raise InputError(f"reward.axis_weights.{axis}: no criterion of the rows has this axis; {known}")
     grader = Grader.at(config.grading, tokenizer)
     positions = read_config(config.model).max_position_embeddings
     train, dropped, instructions = encode_tasks(examples, config.data.train, grader, config, positions)

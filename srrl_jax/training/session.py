@@ -113,6 +113,8 @@ class Session:
 
     def compile_ahead(self, programs: Sequence[Program], mesh: jax.sharding.Mesh) -> None:
         """Compiles all programs of the run, or loads them from JAX's cache; later compilations are events."""
+        if self.step >= self._config.steps:
+            return  # nothing is left to run
         with self.phase("compile") as tell:
             done = 0
 

@@ -136,7 +136,7 @@ def test_ready_answers_show_what_a_user_would_see(examples, tmp_path):
     assert [a.response for a in answers.answer(examples[:2], [0, 1])] == ["take 1", "take 2"]
     with pytest.raises(InputError, match="fewer than 3 completions for 7 of 7 rows, first hard-0000"):
         ready_answers("x", path, examples, 3)
-    with pytest.raises(InputError, match="object 1 must have the strings"):
+    with pytest.raises(InputError, match="object 1: `completion` is missing: add a string"):
         ready_answers("x", write(tmp_path / "bad.jsonl", {"prompt_id": "a"}), examples, 1)
 
 

@@ -86,6 +86,11 @@ def test_sample_then_grade_and_resume(srrl, rows, tmp_path, capsys):
 def test_bad_rows_are_named_by_file_and_line(srrl, rows, tmp_path, capsys):
     assert srrl("grade", MODEL, rows, tmp_path / "out.jsonl", *GRADE) == 2
     assert "in.jsonl:1: no text to grade" in capsys.readouterr().err
+    graded = json.loads(rows.read_text().splitlines()[0])
+    for text, fault in (("\udfff", "holds half of a surrogate pair"), (None, "must be a string, not null")):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(graded | {"completion": text}))
+        assert srrl("grade", MODEL, tmp_path / "bad.jsonl", tmp_path / "out.jsonl", *GRADE) == 2
+        assert f"bad.jsonl:1: `completion` {fault}" in capsys.readouterr().err
     rows.write_text(rows.read_text() + '{"prompt": []}\n')
     assert srrl("sample", MODEL, rows, tmp_path / "out.jsonl") == 2
     assert "in.jsonl:4: `prompt` is empty" in capsys.readouterr().err

@@ -77,6 +77,7 @@ def test_full_row_of_several_turns_keeps_everything_and_ignores_extra_keys():
             "`prompt` ends with the assistant's turn: leave",
         ),
         (row(rubrics=[{"criterion": "A"}]), r"`rubrics\[0\]\.points` is missing"),
+        (row(prompt=[{"role": "user", "content": "a \ud800"}]), "content` holds half of a surrogate pair"),
         (row(rubrics=[{"criterion": "", "points": 1}]), r"`rubrics\[0\]\.criterion` is empty"),
         (row(rubrics=[{"criterion": 7, "points": 1}]), r"criterion` must be a string, not a int"),
         (row(rubrics=[{"criterion": "A", "points": "5"}]), "points` must be a number, not a str"),

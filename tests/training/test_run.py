@@ -193,3 +193,9 @@ def test_a_key_accepts_what_changed_and_the_log_tells_of_it(recipe, begun):
     with pytest.raises(InputError, match=r"accept_changes=\[rows,weights\]"):
         check_identity(config, now | {"weights": "c"})
     assert check_run(config) == ["checkpoint.accept_changes was [], now ['rows']"]
+
+
+def test_a_weight_of_an_axis_that_no_row_has_is_refused(recipe, tmp_path):
+    config = recipe(tmp_path, "reward.axis_weights={acuracy: 2}")
+    with pytest.raises(InputError, match="axis_weights.acuracy: no criterion .* the axes are accuracy, comm"):
+        load_tasks(config, load_tokenizer(config.model))

@@ -181,6 +181,7 @@ def test_an_override_must_be_a_key_and_a_yaml_value():
         "prompts_per_step=0",
         "group_size=1",
         "seed=-1",
+        "seed=4294967296",
         "kl_coef=-0.1",
         "rollout.max_new_tokens=0",
         "rollout.max_prompt_tokens=0",
