@@ -25,7 +25,9 @@ if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # And hardly optimized, which takes a third of the time; see `full_compile`.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip(),
+        # By one thread: as many workers as cores compile at one time.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1",
     }
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -311,6 +311,7 @@ def test_several_files(tiny, write):
         Qwen3.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_smollm2_metadata_says_what_its_config_says(smollm2, tmp_path):
     config, tensors = ours.read(next(smollm2.glob("*.gguf")))
     assert config == Qwen3Config.from_hf(smollm2)

@@ -99,6 +99,7 @@ def test_splash_skips_what_no_query_sees():
     assert blocks.sum() == 8
 
 
+@pytest.mark.slow
 def test_the_network_with_splash_equals_the_network_with_xla(tiny, monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "splash", functools.partial(kernels.splash, interpret=True))
     batch = TreeBatch(
@@ -168,6 +169,7 @@ def v5e(uncached, monkeypatch):
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
+@pytest.mark.slow
 def test_gradient_compiles_for_a_tpu(v5e):
     """By "auto", which takes splash there: on a mesh that cuts rows, weights, heads and the vocabulary."""
     config = Qwen3Config(

@@ -65,6 +65,7 @@ def test_smollm2_stop_ids(shared_data):
     assert tokenizer.encode(text)[0] == 1 and text.endswith("<|im_start|>assistant\n")
 
 
+@pytest.mark.slow
 def test_derived_from_gguf_alone(smollm2, shared_data, tmp_path):
     """What scripts/get_smollm2.py writes where the shared files are absent."""
     path = Path(__file__).resolve().parents[2] / "scripts" / "get_smollm2.py"

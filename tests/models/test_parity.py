@@ -192,6 +192,7 @@ def test_field_moves_the_output_as_in_transformers(golden, relative_error, name)
         assert relative_error(expected[0], expected[1]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_golden_is_what_transformers_says(torch, golden, relative_error, name):
     """Of the config.json itself, and of the one that we write."""
@@ -219,6 +220,7 @@ def test_other_fields_of_experts_change_no_output(name):
     np.testing.assert_array_equal(model(tokens), other(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*STILL, *STILL_MOE])
 def test_other_fields_change_nothing_in_transformers(torch, name):
     fields = {**BASE, **MOE} if name in STILL_MOE else BASE
@@ -290,7 +292,9 @@ def configs(draw, experts: bool) -> dict:
     return fields
 
 
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "experts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31), padding=st.integers(0, 4), left=st.booleans())
 def test_random_configs(torch, experts, data, seed, padding, left):

@@ -64,6 +64,7 @@ def test_golden_greedy(golden):
     np.testing.assert_array_equal(choice[:, prompt - 1 : -1], greedy[:, prompt:])
 
 
+@pytest.mark.slow
 def test_golden_smollm2(smollm2, shared_data, relative_error):
     """A Llama-architecture network from a quantized file, 30 layers.
 
@@ -217,6 +218,7 @@ def test_loads_what_transformers_saves(torch, tmp_path, relative_error, model_ty
     assert relative_error(model(tokens), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(torch, smollm2, tmp_path, shared_data, relative_error):
     """The whole vocabulary's logits, where the golden file holds a few."""
     from transformers import AutoModelForCausalLM

@@ -9,7 +9,8 @@ from flax import nnx
 
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import TrainConfig
+from srrl_jax.training import TrainConfig, train
+from srrl_jax.training.checkpoint import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "srrl_jax" / "tinyworld"
@@ -24,17 +25,43 @@ SMALL = [
     "group_size=2",
     "optimizer.microbatch=1",
     "optimizer.warmup_steps=1",
+    # Every term of the loss counts, and a step's second update is off its policy.
+    "kl_coef=0.1",
+    "optimizer.minibatches=2",
+    "optimizer.learning_rate=0.001",
+    "optimizer.weight_decay=0.1",
+    "optimizer.grad_clip=0.5",
 ]
+
+# Four steps, with held-out rows and checkpoints on the way.
+FOUR = (
+    "steps=4",
+    f"data.eval={WORLD / 'hard.jsonl'}",
+    "eval.rows=2",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "checkpoint.keep=5",
+)
 
 
 @pytest.fixture(scope="session")
 def recipe():
-    """Makes the demo's recipe at a size of seconds, with further overrides: (run_dir, *overrides)."""
+    """Makes the demo's recipe at a size of seconds, with further overrides: (run_dir, *overrides).
+
+    Whoever keeps to its shapes and its optimizer finds all programs compiled already.
+    """
 
     def make(run_dir, *overrides: str) -> TrainConfig:
         return TrainConfig.load(ROOT / "configs/demo.yaml", [*SMALL, *overrides, f"run_dir={run_dir}"])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory) -> tuple[Path, TrainState]:
+    """The directory of a whole run of FOUR, to be left as it is, and what was learnt."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    return run_dir, train(recipe(run_dir, *FOUR))
 
 
 @pytest.fixture(scope="session")

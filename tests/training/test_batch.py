@@ -49,7 +49,8 @@ def test_the_mask_leaves_out_padding_and_completions_without_a_reward():
     ],
 )
 def test_a_microbatch_is_what_fits(recipe, overrides, memory, microbatch):
-    config = recipe("unused", "prompts_per_step=8", "optimizer.microbatch=null", "group_size=4", *overrides)
+    whole = ("prompts_per_step=8", "optimizer.microbatch=null", "optimizer.minibatches=1", "group_size=4")
+    config = recipe("unused", *whole, *overrides)
     found = plan_update(config, read_config(config.model), 33, make_mesh(), memory)
     assert (found.prompt, found.microbatch) == (40, microbatch)
     assert found.completions == ((1000, 3000) if overrides == ("rollout.max_new_tokens=3000",) else (64,))

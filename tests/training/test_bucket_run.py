@@ -32,6 +32,7 @@ def no_open_of_gs(monkeypatch):
         monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_written_and_resumed_as_on_a_disk(
     recipe, bucket, no_open_of_gs, monkeypatch, tmp_path
 ):

@@ -20,8 +20,9 @@ from srrl_jax.training.dry_run import dry_run
 from srrl_jax.training.experience import Task, grade, make_actor
 from srrl_jax.training.shapes import RunLengths
 
+from .conftest import FOUR
+
 CHECKPOINT = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld" / "checkpoint"
-EVAL = (f"data.eval={CHECKPOINT.parent / 'hard.jsonl'}", "eval.rows=2", "eval.samples=2")
 
 
 def values_of(params) -> np.ndarray:
@@ -52,12 +53,13 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 def test_the_policy_judges_at_its_current_weights_and_the_frozen_grader_at_its_first(
     recipe, judges, tmp_path, grader
 ):
-    train(recipe(tmp_path, "optimizer.warmup_steps=0", "kl_coef=0", f"grader={grader}"))
+    train(recipe(tmp_path, f"grader={grader}"))
     answers, grades = judges["rollout"], judges["grade"]
     assert len(answers) == len(grades) == 2
     assert not same(answers[0], answers[1])  # it learnt
     assert same(grades[0], answers[0])
     assert same(grades[1], answers[1] if grader == "policy" else answers[0])
+    assert not any("eval/self" in row for row in read_jsonl(tmp_path / "metrics.jsonl"))  # nothing held out
 
 
 def test_there_is_one_decoding_layout_at_a_time(recipe, tmp_path, monkeypatch):
@@ -73,7 +75,7 @@ def test_there_is_one_decoding_layout_at_a_time(recipe, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(Actor, "prepare", spy)
-    train(recipe(tmp_path, "steps=1", "grader=frozen", *EVAL))
+    train(recipe(tmp_path, *FOUR, "steps=1", "grader=frozen"))
     assert [count > 0 for count in replaced] == [False, True] * 3  # before the step, in it, and after it
 
 
@@ -133,10 +135,10 @@ def test_a_reward_comes_from_the_readable_verdicts_alone():
 
 
 def test_a_dry_run_compiles_what_the_run_does_and_writes_nothing(recipe, tmp_path, capsys):
-    config = recipe(tmp_path / "run", "rollout.max_prompt_tokens=30", "data.too_long=drop")
+    config = recipe(tmp_path / "run", "rollout.max_prompt_tokens=36", "data.too_long=drop")
     dry_run(config)
     said = capsys.readouterr().out
-    assert "max_prompt_tokens: 30" in said and "training: prompt, tokens" in said
+    assert "max_prompt_tokens: 36" in said and "training: prompt, tokens" in said
     for program in ("rollout/prefill", "rollout/decode", "grade/prefill", "grade/decode", "update"):
         assert program in said
     assert not (tmp_path / "run").exists()

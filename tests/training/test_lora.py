@@ -17,7 +17,7 @@ from srrl_jax.training.learner import Learner, network
 LORA = (
     "lora.rank=2",
     "lora.targets=[q_proj, down_proj]",
-    "kl_coef=0.1",
+    "optimizer.minibatches=1",
     "optimizer.warmup_steps=0",
     "optimizer.learning_rate=0.01",
     "checkpoint.every=1",
@@ -144,6 +144,7 @@ def test_alpha_weighs_adapters(run, learner, recipe):
     assert np.abs(two - base).max() > 1.5 * np.abs(one - base).max() > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit(run, recipe, logs, tmp_path):
     config, end = run
     train(recipe(tmp_path, *LORA, "steps=1"))

@@ -57,7 +57,12 @@ def on_devices():
 
 def test_every_mesh_gives_the_same_first_step(recipe, on_devices, tmp_path):
     config = recipe(
-        tmp_path, "steps=1", "prompts_per_step=4", "optimizer.microbatch=4", "optimizer.warmup_steps=0"
+        tmp_path,
+        "steps=1",
+        "prompts_per_step=4",
+        "optimizer.minibatches=1",
+        "optimizer.microbatch=4",
+        "optimizer.warmup_steps=0",
     )
     meshes = [(1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 1, 2), (2, 1, 2, 1)]
     axes = ("slice", "data", "fsdp", "tensor")
@@ -81,10 +86,10 @@ def test_a_run_of_eight_devices_goes_on_with_four(recipe, on_devices, tmp_path):
     config = recipe(
         tmp_path,
         "prompts_per_step=8",
+        "optimizer.minibatches=1",
         "optimizer.microbatch=8",
         "optimizer.warmup_steps=0",
         "checkpoint.every=1",
-        "kl_coef=0.1",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):

@@ -124,8 +124,8 @@ EVAL = ("data.eval=srrl_jax/tinyworld/hard.jsonl", "eval.rows=4", "eval.samples=
 
 
 def test_a_run_is_watched_by_all_its_judges(recipe, teacher, tmp_path, capsys):
-    run, calm = tmp_path / "run", tmp_path / "calm"
-    overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "kl_coef=0"]
+    run = tmp_path / "run"
+    overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "optimizer.minibatches=1"]
     train(recipe(run, *overrides, "eval.margin=0", "eval.agreement=1"))
     start, _, end = read_jsonl(run / "metrics.jsonl")
     # At the start the two have the same weights and the same random keys.
@@ -140,9 +140,6 @@ def test_a_run_is_watched_by_all_its_judges(recipe, teacher, tmp_path, capsys):
     assert [row["step"] for row in parted] == [2]
     shown = capsys.readouterr().out
     assert all(row["message"] in shown for row in warnings)
-    train(recipe(calm, *overrides, "eval.margin=1000", "eval.agreement=0", "eval.control_met=1"))
-    assert (calm / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-    assert not any(row["message"].count("eval.") for row in read_jsonl(calm / "events.jsonl"))
     page = write_report(run).read_text()
     assert "Warnings" in page and "further apart than" in page and "graded by the teacher" in page
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,7 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import loop, train
 from srrl_jax.training.preemption import EXIT_CODE, Interrupted, Preempted, Preemption
 
-RECIPE = (
-    "steps=4",
-    "checkpoint.every=4",
-    f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
-    "eval.rows=2",
-    "eval.every=2",
-)
+from .conftest import FOUR
 
 
 @pytest.mark.parametrize(
@@ -90,22 +83,20 @@ print("came to its end")
     assert (process.returncode, process.stdout) == (130, "told\n"), process.stderr
 
 
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory) -> Path:
-    """The run directory of four steps without a signal."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    train(recipe(run_dir, *RECIPE))
-    return run_dir
-
-
 @pytest.mark.parametrize(
-    ("number", "step", "saved"), [(signal.SIGTERM, 1, None), (signal.SIGTERM, 3, 2), (signal.SIGINT, 3, 3)]
+    ("number", "step", "saved"),
+    [
+        (signal.SIGTERM, 3, 2),
+        pytest.param(signal.SIGTERM, 1, None, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 3, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_preempted_run_saves_what_is_done_and_goes_on_to_the_same_end(
-    recipe, whole, tmp_path, monkeypatch, capsys, number, step, saved
+    recipe, finished, tmp_path, monkeypatch, capsys, number, step, saved
 ):
     """A signal in the rollout of `step`, when there is no periodical checkpoint."""
-    config = recipe(tmp_path / "cut", *RECIPE, "checkpoint.preemption_seconds=60")
+    whole, _ = finished
+    config = recipe(tmp_path / "cut", *FOUR, "checkpoint.every=4", "checkpoint.preemption_seconds=60")
     asked, rows = [], loop.step_rows
 
     def preempt(*args):

@@ -34,10 +34,9 @@ def start(recipe, tmp_path_factory):
         config = recipe(
             run_dir,
             "prompts_per_step=8",
+            "optimizer.minibatches=1",
             "optimizer.microbatch=8",
-            "optimizer.learning_rate=0.001",
             "optimizer.warmup_steps=0",
-            "kl_coef=0.1",
             "checkpoint.every=1",
             "checkpoint.keep=9",
             *overrides,

@@ -1,13 +1,12 @@
 """Every key of the recipe is read and changes something: a table of all keys, each where it is used.
 
-What each changes in whole runs is tried in test_recipe_runs.py, which is slow.
+What surrounds a step is tried in whole runs in test_recipe_runs.py, which is slow.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from srrl_jax.actor import Actor
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.models.tokenizer import load_tokenizer
@@ -31,17 +29,10 @@ from srrl_jax.training.rewards import relative_rewards, training_rewards
 from srrl_jax.training.run import load_tasks
 from srrl_jax.training.update import make_optimizer, make_update
 
-PLAIN = (str, int, float, tuple)
-WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
+from .conftest import FOUR, WORLD
+from .test_recipe_runs import RUNS
 
-# Every term of the loss counts.
-BASE = (
-    "kl_coef=0.1",
-    "optimizer.minibatches=2",
-    "optimizer.learning_rate=0.001",
-    "optimizer.weight_decay=0.1",
-    "optimizer.grad_clip=0.5",
-)
+PLAIN = (str, int, float, tuple)
 
 
 # ---- what becomes of a recipe: what is compared with and without another value of a key
@@ -221,48 +212,6 @@ KEYS = {
 }  # fmt: skip
 
 
-# ---- keys of what surrounds a step: a run with other values of them all, beside one with none of these
-
-
-class Seen(NamedTuple):
-    """What a run shows of itself; `rollouts` are the prompts and completions of each call of the sampler."""
-
-    metrics: list[dict]
-    samples: list[dict]
-    checkpoints: list[int]
-    rollouts: list[tuple[int, int]]
-    run_dir: Path
-
-    def first(self, split: str) -> list[dict]:
-        """The samples of the first step that has some of this split."""
-        rows = [row for row in self.samples if row["split"] == split]
-        return [row for row in rows if row["step"] == rows[0]["step"]]
-
-    def prompts(self, split: str) -> list[str]:
-        return list(dict.fromkeys(row["prompt_id"] for row in self.first(split)))
-
-
-EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
-# Nearly all groups without variance.
-ALIKE = "reward.axis_weights={accuracy: 0, completeness: 0, instruction_following: 0}"
-
-# Another value, what shows it, and what that is without and with it.
-RUNS = {
-    "steps": ("3", lambda seen: seen.metrics[-1]["step"], 2, 3),
-    "seed": ("1", lambda seen: seen.prompts("train")[0], "easy-0162", "easy-0090"),
-    "prompts_per_step": ("4", lambda seen: len(seen.prompts("train")), 2, 4),
-    "group_size": ("3", lambda seen: len(seen.first("train")) / len(seen.prompts("train")), 2, 3),
-    "reward.resample": ("1", lambda seen: any(0 < n < 4 and g == 3 for n, g in seen.rollouts), False, True),
-    "checkpoint.every": ("1", lambda seen: 2 in seen.checkpoints[:-1], False, True),
-    "checkpoint.keep": ("3", lambda seen: len(seen.checkpoints), 1, 3),
-    "eval.every": ("1", lambda seen: sum("eval/self" in row for row in seen.metrics), 2, 4),
-    "eval.rows": ("3", lambda seen: len(seen.prompts("eval")), 2, 3),
-    "eval.samples": ("2", lambda seen: len(seen.first("eval")) / len(seen.prompts("eval")), 1, 2),
-    "eval.controls": ("0", lambda seen: "grader/control_met_rate" in seen.metrics[0], True, False),
-    "eval.frozen": ("false", lambda seen: "eval/frozen" in seen.metrics[0], True, False),
-    "profile": ("[2]", lambda seen: len(list(seen.run_dir.glob("profile/**/*.xplane.pb"))), 0, 1),
-}
-
 # Keys with a test of their own, below or in the file that is named.
 ELSEWHERE = {
     "run_dir", "data.eval", "reference", "attention",
@@ -296,11 +245,11 @@ def test_the_table_has_every_key_of_the_recipe():
 
 @pytest.fixture(scope="module")
 def becomes(recipe, places):
-    """What becomes of BASE with overrides, by one of the functions above; each once."""
+    """What becomes of the recipe with overrides, by one of the functions above; each once."""
 
     @cache
     def once(function: Callable[[TrainConfig], Any], *overrides: str) -> Any:
-        return function(recipe("unused", "prompts_per_step=4", *BASE, *overrides))
+        return function(recipe("unused", "prompts_per_step=4", *overrides))
 
     return once
 
@@ -320,53 +269,14 @@ def test_a_key_changes_what_it_should(key, becomes, places):
 @pytest.mark.parametrize("function", [rows, roles, weights, rewards, batches, update, optimized])
 def test_of_one_recipe_becomes_the_same(function, becomes, recipe):
     """Without this, a difference in the table above would tell nothing."""
-    assert function(recipe("unused", "prompts_per_step=4", *BASE)) == becomes(function)
+    assert function(recipe("unused", "prompts_per_step=4")) == becomes(function)
 
 
-@pytest.fixture(scope="module")
-def run(recipe, logs, tmp_path_factory):
-    """Runs BASE with overrides, each set of them once."""
-
-    @cache
-    def once(*overrides: str) -> Seen:
-        run_dir, rollouts, answer = tmp_path_factory.mktemp("run"), [], Actor.answer
-
-        def spy(self, params, prompts, samples, *rest):
-            rollouts.append((len(prompts), samples))
-            return answer(self, params, prompts, samples, *rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Actor, "answer", spy)
-            train(recipe(run_dir, *BASE, *overrides))
-        steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
-        return Seen(*logs(run_dir), steps, rollouts, run_dir)
-
-    return once
-
-
-@pytest.mark.parametrize("key", RUNS)
-def test_a_key_changes_what_a_run_shows(key, run):
-    _, shows, without, having = RUNS[key]
-    others = [f"{name}={value}" for name, (value, *_) in RUNS.items()]
-    assert (shows(run(*EVAL)), shows(run(*EVAL, *others, ALIKE))) == (without, having)
-
-
-def test_two_runs_of_one_recipe_are_the_same(recipe, logs, run, tmp_path):
-    one = run()
-    train(recipe(tmp_path, *BASE))
-    assert logs(tmp_path) == (one.metrics, one.samples)
-
-
-def test_held_out_rows_are_graded_only_where_they_are_given(run):
-    assert [any("eval/self" in row for row in seen.metrics) for seen in (run(), run(*EVAL))] == [False, True]
-
-
-def test_run_dir_is_where_everything_is_written(run):
-    one, other = run(), run(*EVAL)
-    assert one.run_dir != other.run_dir
-    names = {path.name for path in one.run_dir.iterdir()}
+def test_run_dir_is_where_everything_is_written(finished):
+    run_dir, _ = finished
+    names = {path.name for path in run_dir.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= names
-    first = read_jsonl(one.run_dir / "timings.jsonl")[0]
+    first = read_jsonl(run_dir / "timings.jsonl")[0]
     assert 0 < first["time/compile"] and "perf/mfu" not in first  # a CPU has no published peak
 
 
@@ -391,11 +301,12 @@ def test_attention_asks_for_its_device(recipe, tmp_path, kernel, device):
         train(recipe(tmp_path, f"attention={kernel}"))
 
 
-def test_the_reference_may_lie_in_host_memory(recipe, run):
+def test_the_reference_may_lie_in_host_memory(recipe, finished, logs, tmp_path):
     """It grades there too, so it comes for both of its uses; nothing else changes."""
-    one, other = (run("reference=host", *EVAL), run(*EVAL))
-    assert (one.metrics, one.samples) == (other.metrics, other.samples)
-    config = recipe("unused", *BASE, "reference=host")
+    train(recipe(tmp_path, *FOUR, "steps=2", "reference=host"))
+    for there, here in zip(logs(tmp_path), logs(finished[0]), strict=True):
+        assert there == [row for row in here if row["step"] <= 2] != []
+    config = recipe("unused", "reference=host")
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
         made = learner.Learner(learner.network(config), config, mesh, longest_prompt=36)
     stored, fetched = made._frozen, made.frozen
@@ -420,6 +331,6 @@ def test_the_reference_may_lie_in_host_memory(recipe, run):
 )
 def test_rows_that_are_too_long_are_refused_all_at_once(recipe, tmp_path, override, says):
     with pytest.raises(InputError) as refused:
-        train(recipe(tmp_path / "run", *BASE, override))
+        train(recipe(tmp_path / "run", override))
     assert re.search(says, str(refused.value))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What keys of the recipe change in whole runs, each beside a run without it; see test_recipe_keys.py."""
+"""What keys of the recipe change in whole runs, beside runs without them; see test_recipe_keys.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,25 +8,17 @@ import jax
 import numpy as np
 import pytest
 
+from srrl_jax.actor import Actor
 from srrl_jax.sampling import Sampler
 from srrl_jax.training import learner, train
 
-pytestmark = pytest.mark.slow
-WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
+from .conftest import WORLD
 
-# The second step has an update off its policy (two minibatches) and away from the reference.
-BASE = (
-    "kl_coef=0.1",
-    "optimizer.minibatches=2",
-    "optimizer.learning_rate=0.001",
-    "optimizer.weight_decay=0.1",
-    "optimizer.grad_clip=0.5",
-)
-EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
+pytestmark = pytest.mark.slow
 
 
 class Seen(NamedTuple):
-    """What a run shows of itself."""
+    """What a run shows of itself; `rollouts` are the prompts and completions of each call of the sampler."""
 
     metrics: list[dict]
     samples: list[dict]
@@ -34,31 +26,49 @@ class Seen(NamedTuple):
     checkpoints: list[int]
     shapes: set
     batches: list[Any]
+    rollouts: list[tuple[int, int]]
     run_dir: Path
 
+    def first(self, split: str) -> list[dict]:
+        """The samples of the first step that has some of this split."""
+        rows = [row for row in self.samples if row["split"] == split]
+        return [row for row in rows if row["step"] == rows[0]["step"]]
 
-# ---- what a key may change: functions of the run without and the run with the other value
+    def prompts(self, split: str) -> list[str]:
+        return list(dict.fromkeys(row["prompt_id"] for row in self.first(split)))
 
 
-def results(one: Seen, other: Seen) -> bool:
-    """What was sampled, graded or learnt."""
-    return (one.samples, one.metrics) != (other.samples, other.metrics)
+# ---- keys of what surrounds a step: a run with other values of them all, beside one with none of these
+
+EVAL = (f"data.eval={WORLD / 'hard.jsonl'}", "eval.rows=2")
+# Nearly all groups without variance.
+ALIKE = "reward.axis_weights={accuracy: 0, completeness: 0, instruction_following: 0}"
+
+# Another value, what shows it, and what that is without and with it.
+RUNS = {
+    "steps": ("3", lambda seen: seen.metrics[-1]["step"], 2, 3),
+    "seed": ("1", lambda seen: seen.prompts("train")[0], "easy-0162", "easy-0090"),
+    "prompts_per_step": ("4", lambda seen: len(seen.prompts("train")), 2, 4),
+    "group_size": ("3", lambda seen: len(seen.first("train")) / len(seen.prompts("train")), 2, 3),
+    "reward.resample": ("1", lambda seen: any(0 < n < 4 and g == 3 for n, g in seen.rollouts), False, True),
+    "checkpoint.every": ("1", lambda seen: 2 in seen.checkpoints[:-1], False, True),
+    "checkpoint.keep": ("3", lambda seen: len(seen.checkpoints), 1, 3),
+    "eval.every": ("1", lambda seen: sum("eval/self" in row for row in seen.metrics), 2, 4),
+    "eval.rows": ("3", lambda seen: len(seen.prompts("eval")), 2, 3),
+    "eval.samples": ("2", lambda seen: len(seen.first("eval")) / len(seen.prompts("eval")), 1, 2),
+    "eval.controls": ("0", lambda seen: "grader/control_met_rate" in seen.metrics[0], True, False),
+    "eval.frozen": ("false", lambda seen: "eval/frozen" in seen.metrics[0], True, False),
+    "profile": ("[2]", lambda seen: len(list(seen.run_dir.glob("profile/**/*.xplane.pb"))), 0, 1),
+}
 
 
-def samples(one: Seen, other: Seen) -> bool:
-    return one.samples[:4] != other.samples[:4]
+# ---- keys with a run of their own: functions of the run without and the run with the other value
 
 
 def grades_only(one: Seen, other: Seen) -> bool:
     """The first step's verdicts or tries, of the very same completions."""
     assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
     return one.samples[:4] != other.samples[:4]
-
-
-def learning(one: Seen, other: Seen) -> bool:
-    """The weights at the end, from the same experience in the first step."""
-    assert [s["completion"] for s in one.samples[:4]] == [s["completion"] for s in other.samples[:4]]
-    return any((a != b).any() for a, b in zip(one.params, other.params, strict=True))
 
 
 def same_step(one: Seen, other: Seen) -> None:
@@ -79,10 +89,6 @@ def update_shapes(one: Seen, other: Seen) -> bool:
     return [b.mask.shape for b in one.batches] != [b.mask.shape for b in other.batches]
 
 
-def clipping(name: str) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: other.metrics[1][name] > one.metrics[1][name]
-
-
 def fewer_alike(one: Seen, other: Seen) -> bool:
     """Groups without variance, over the run; where a first group had variance, it was kept."""
     share = [sum(m["reward/zero_std_groups"] for m in seen.metrics) for seen in (one, other)]
@@ -92,11 +98,7 @@ def fewer_alike(one: Seen, other: Seen) -> bool:
 def only_compute(one: Seen, other: Seen) -> bool:
     """The loss, while the weights stay float32."""
     assert {x.dtype for seen in (one, other) for x in seen.params} == {np.dtype("float32")}
-    return metric("loss")(one, other)
-
-
-def metric(name: str) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: [m[name] for m in one.metrics] != [m[name] for m in other.metrics]
+    return [m["loss"] for m in one.metrics] != [m["loss"] for m in other.metrics]
 
 
 def gap(one: Seen, other: Seen) -> bool:
@@ -117,59 +119,12 @@ def graded_in_8_bits(one: Seen, other: Seen) -> bool:
     return grades_only(one, other)
 
 
-def kept(*steps: int) -> Callable[[Seen, Seen], bool]:
-    def check(one, other):
-        same_step(one, other)
-        return other.checkpoints == list(steps) != one.checkpoints
-
-    return check
-
-
-def traced(one: Seen, other: Seen) -> bool:
-    """A trace of one step of the two, and the same numbers."""
-    assert one.metrics == other.metrics
-    sessions = list((other.run_dir / "profile" / "plugins" / "profile").iterdir())
-    traces = [file for file in sessions[0].iterdir() if file.name.endswith(".xplane.pb")]
-    return not (one.run_dir / "profile").exists() and len(sessions) == len(traces) == 1
-
-
 def best_kept(one: Seen, other: Seen) -> bool:
     """The checkpoint with the highest reward and the newest, which without the key is alone."""
     rewards = [row["reward/mean"] for row in other.metrics]
     best = 1 + int(np.argmax(rewards))
     assert one.checkpoints == [4] and best < 4, rewards
     return other.checkpoints == [best, 4]
-
-
-def eval_lines(steps: list[int], rows: int) -> Callable[[Seen, Seen], bool]:
-    """At which steps held-out rows are graded, and how many of their samples a time."""
-
-    def check(one, other):
-        at = [
-            [(m["step"], sum(s["split"] == "eval" and s["step"] == m["step"] for s in seen.samples))
-             for m in seen.metrics if "eval/self" in m]
-            for seen in (one, other)
-        ]  # fmt: skip
-        return at[1] == [(step, rows) for step in steps] != at[0]
-
-    return check
-
-
-def judged_by_frozen(one: Seen, other: Seen) -> bool:
-    named = [{name for row in seen.metrics for name in row if "frozen" in name} for seen in (one, other)]
-    return named == [{"eval/frozen", "grader/agreement_frozen"}, set()]
-
-
-def lines(count: int) -> Callable[[Seen, Seen], bool]:
-    return lambda one, other: len(other.metrics) == count != len(one.metrics)
-
-
-def per_step(prompts: int, group: int) -> Callable[[Seen, Seen], bool]:
-    def check(one, other):
-        step = [s for s in other.samples if s["step"] == 1]
-        return len({s["prompt_id"] for s in step}) == prompts and len(step) == prompts * group
-
-    return check
 
 
 class Key(NamedTuple):
@@ -180,88 +135,37 @@ class Key(NamedTuple):
     given: tuple[str, ...] = ()
 
 
-HOT = ("grading.sampling.temperature=3.0",)  # where truncation matters
-FAST = ("optimizer.learning_rate=0.002", "group_size=8")  # ratios far from 1
-CUT = ("rollout.max_new_tokens=20",)  # too short for some answers
-KIND_ONLY = ("reward.axis_weights={{accuracy: 0, completeness: 0, instruction_following: 0}}",)
+HOT = ("grading.sampling.temperature=3.0",)  # where 8 bits change verdicts
 BEST = ("checkpoint.every=1", "checkpoint.keep=1", "steps=4", "seed=2")  # the best is not the last
-SHORT = ("grading.max_new_tokens=3",)  # too short for any verdict
 
 KEYS = {
-    "model": Key("{random}", samples),
-    "data.train": Key(f"{WORLD / 'hard.jsonl'}", samples),
-    "data.eval": Key(f"{WORLD / 'hard.jsonl'}", eval_lines([0, 2], 2), ("eval.rows=2",)),
-    "data.minus": Key("{rest}", samples),
-    "data.where": Key('["theme:3_facts"]', samples),
-    "steps": Key("1", lines(1)),
-    "seed": Key("1", samples),
-    "prompts_per_step": Key("4", per_step(4, 2)),
-    "group_size": Key("3", per_step(2, 3)),
-    "grader": Key("frozen", results, ("optimizer.learning_rate=0.01",)),
-    "kl_coef": Key("0.5", learning),
     "dtype": Key("bfloat16", only_compute),
-    "rollout.max_new_tokens": Key("12", samples),
-    "rollout.max_prompt_tokens": Key("20", samples, ("data.too_long=drop",)),
     "rollout.memory_gb": Key("0.0012", shapes),
-    "rollout.thinking": Key("true", samples, ("model={thinking}",)),
     "rollout.int8": Key("weights_kv", gap),
-    "rollout.sampling.temperature": Key("0.5", samples),
-    "grading.max_new_tokens": Key("3", grades_only),
-    "grading.template": Key("{template}", grades_only),
     "grading.memory_gb": Key("0.008", shapes),
     "grading.verdict": Key("logits", grades_only),
-    "grading.votes": Key("3", grades_only),
-    "grading.together": Key("true", grades_only, ("steps=1",)),
-    "grading.tries": Key("1", grades_only, SHORT),
-    "grading.thinking": Key("true", grades_only, ("model={thinking}",)),
     "grading.int8": Key("weights_kv", graded_in_8_bits, HOT),
-    "grading.sampling.temperature": Key("3.0", grades_only),
-    "grading.sampling.top_k": Key("2", grades_only, HOT),
-    "grading.sampling.top_p": Key("0.5", grades_only, HOT),
-    "grading.sampling.min_p": Key("0.5", grades_only, HOT),
-    "loss.clip_low": Key("0.0001", clipping("clip_frac/low")),
-    "loss.clip_high": Key("0.0001", clipping("clip_frac/high")),
-    "reward.criteria": Key("positive", learning),
-    "reward.soft": Key("true", learning, ("grading.verdict=logits",)),
-    "reward.drop_unvarying": Key("true", learning, ("loss.advantage=mean",)),
-    "reward.axis_weights": Key("{{completeness: 0.1}}", learning),
-    "reward.overlong": Key("mask", learning, CUT),
-    "reward.overlong_buffer": Key("60", learning),
-    "reward.zero_variance": Key("drop", learning, (*KIND_ONLY, "prompts_per_step=4")),
-    "reward.resample": Key("2", fewer_alike, (*KIND_ONLY, "prompts_per_step=4")),
-    "loss.advantage": Key("mean", learning),
-    "loss.ratio": Key("sequence", learning),
-    "loss.aggregate": Key("sequence", learning),
-    "loss.dual_clip": Key("1.2801", clipping("clip_frac/dual"), FAST),
-    "loss.entropy_coef": Key("0.1", learning),
-    "loss.importance_cap": Key("0.9", learning),
-    "loss.kl_estimator": Key("k2", metric("kl")),
-    "optimizer.learning_rate": Key("0.002", learning),
-    # The first batch of a run is one of shapes, to compile by.
-    "optimizer.minibatches": Key("1", lambda one, other: len(one.batches[1:]) == 2 * len(other.batches[1:])),
+    "reward.resample": Key("2", fewer_alike, (ALIKE, "prompts_per_step=4")),
     "optimizer.microbatch": Key("2", update_shapes, ("optimizer.minibatches=1",)),
-    "checkpoint.every": Key("1", kept(1, 2)),
-    "checkpoint.keep": Key("1", kept(2), ("checkpoint.every=1",)),
     "checkpoint.best": Key("reward/mean", best_kept, BEST),
-    "profile": Key("[2]", traced),
-    "eval.every": Key("1", eval_lines([0, 1, 2], 2), EVAL),
-    "eval.rows": Key("3", eval_lines([0, 2], 3), EVAL),
-    "eval.samples": Key("2", eval_lines([0, 2], 4), EVAL),
-    "eval.frozen": Key("false", judged_by_frozen, EVAL),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
-def run(recipe, logs, places, tmp_path_factory):
-    """Runs BASE with overrides, each set of them once."""
+def run(recipe, logs, tmp_path_factory):
+    """Runs the recipe with overrides, each set of them once."""
     done: dict[tuple[str, ...], Seen] = {}
 
     def once(*overrides: str) -> Seen:
         if overrides in done:
             return done[overrides]
         run_dir = tmp_path_factory.mktemp("run")
-        shapes, batches = set(), []
-        sample, split = Sampler.generate, learner.split_batch
+        shapes, batches, rollouts = set(), [], []
+        answer, sample, split = Actor.answer, Sampler.generate, learner.split_batch
+
+        def spy_answer(self, params, prompts, samples, *rest):
+            rollouts.append((len(prompts), samples))
+            return answer(self, params, prompts, samples, *rest)
 
         def spy_sample(self, *args, **kwargs):
             shapes.add(self.shapes)
@@ -272,24 +176,26 @@ def run(recipe, logs, places, tmp_path_factory):
             return split(*args)
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Actor, "answer", spy_answer)
             patch.setattr(Sampler, "generate", spy_sample)
             patch.setattr(learner, "split_batch", spy_split)
-            state = train(recipe(run_dir, *BASE, *overrides))
+            state = train(recipe(run_dir, *overrides))
         steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
-        done[overrides] = Seen(*logs(run_dir), params, steps, shapes, batches, run_dir)
+        done[overrides] = Seen(*logs(run_dir), params, steps, shapes, batches, rollouts, run_dir)
         return done[overrides]
 
     return once
 
 
+@pytest.mark.parametrize("key", RUNS)
+def test_a_key_changes_what_a_run_shows(key, run):
+    _, shows, without, having = RUNS[key]
+    others = [f"{name}={value}" for name, (value, *_) in RUNS.items()]
+    assert (shows(run(*EVAL)), shows(run(*EVAL, *others, ALIKE))) == (without, having)
+
+
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_changes_what_it_should(key, run, places):
+def test_a_key_changes_what_it_should(key, run):
     value, changes, given = KEYS[key]
-
-    def fill(override: str, tokens: str) -> str:
-        return override.format(**places, max_new_tokens=tokens)
-
-    one = run(*[fill(override, "64") for override in given])
-    other = run(*[fill(override, value) for override in given], fill(f"{key}={value}", value))
-    assert changes(one, other)
+    assert changes(run(*given), run(*given, f"{key}={value}"))

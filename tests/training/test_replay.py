@@ -10,44 +10,26 @@ import pytest
 
 from srrl_jax import cli
 from srrl_jax.errors import InputError
-from srrl_jax.training import train
 from srrl_jax.training.records import tokens_path
 from srrl_jax.training.replay import replay
-
-RECIPE = (
-    f"data.eval={Path(__file__).resolve().parents[2] / 'srrl_jax/tinyworld/hard.jsonl'}",
-    "eval.rows=2",
-    "eval.every=2",
-    "checkpoint.every=2",
-    "optimizer.minibatches=2",
-    "optimizer.learning_rate=0.001",
-    "kl_coef=0.1",
-    "steps=4",
-)
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("finished")
-    train(recipe(run_dir, *RECIPE))
-    return run_dir
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
     """A copy of the finished run to tamper with."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 def differing(run_dir, step) -> list[str]:
     return [row.name for row in replay(run_dir, step)[0] if row.verdict != "same"]
 
 
-@pytest.mark.parametrize(("step", "start"), [(1, 0), (2, 0), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("step", "start"), [(2, 0), (3, 2)])
 def test_every_step_is_the_same_to_the_bit(finished, step, start):
-    found, started = replay(finished, step)
+    run_dir, _ = finished
+    found, started = replay(run_dir, step)
     assert [row for row in found if row.verdict != "same"] == []
-    logged = json.loads((finished / "metrics.jsonl").read_text().splitlines()[step])
+    logged = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[step])
     # Verdicts on controls are not kept in the logs, so nothing computes their rates again.
     again = {name for name in logged if not name.startswith("grader/control_met_rate")}
     assert {row.name for row in found} >= again - {"step", "lr"}
@@ -73,11 +55,6 @@ def test_a_changed_verdict_shows_in_all_that_follows_from_it(run_dir):
     assert {"reward 0.0", "advantage 0.0", "reward/mean", "loss"} <= set(names)
 
 
-def test_a_changed_metric_shows(run_dir):
-    rewrite(run_dir / "metrics.jsonl", 4, lambda row: row.update(kl=row["kl"] + 0.01))
-    assert differing(run_dir, 4) == ["kl"]
-
-
 def test_changed_tokens_show(run_dir):
     path = tokens_path(run_dir, 3)
     with np.load(path) as file:
@@ -88,30 +65,26 @@ def test_changed_tokens_show(run_dir):
     assert "completion 0.0" in names and "loss" in names
 
 
-def test_the_command_prints_a_table_and_fails_on_a_difference(run_dir, monkeypatch, capsys):
-    def run(step) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["srrl", "replay", str(run_dir), "--step", str(step)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code, capsys.readouterr().out
-
-    code, text = run(3)
-    assert code == 0 and "loss" in text and "DIFFERS" not in text
-    rewrite(run_dir / "metrics.jsonl", 3, lambda row: row.update(loss=5.0))
-    code, text = run(3)
-    assert code == 1 and text.count("DIFFERS") == 1
+@pytest.mark.parametrize("more", [0.01, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_the_command_prints_a_table_and_fails_on_a_difference(run_dir, monkeypatch, capsys, more):
+    rewrite(run_dir / "metrics.jsonl", 4, lambda row: row.update(kl=row["kl"] + more))
+    monkeypatch.setattr(sys, "argv", ["srrl", "replay", str(run_dir), "--step", "4"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    text = capsys.readouterr().out
+    assert exit.value.code == text.count("DIFFERS") == (more > 0)
+    assert "loss" in text and "kl" in text
 
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_step_that_is_not_there(finished, step):
     with pytest.raises(InputError, match=f"no training step {step}; the last one is 4"):
-        replay(finished, step)
+        replay(finished[0], step)
 
 
 def test_files_that_are_missing_are_named(run_dir, tmp_path):
     tokens_path(run_dir, 1).unlink()
     with pytest.raises(InputError, match=r"step 1 cannot be computed again without .*step_000001\.npz"):
         replay(run_dir, 2)
-    assert differing(run_dir, 3) == []  # which starts at a checkpoint
     with pytest.raises(InputError, match=r"no config\.yaml there"):
         replay(tmp_path / "none", 1)

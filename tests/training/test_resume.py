@@ -1,39 +1,20 @@
 """A run that was stopped, at its end or in the midst of a step, goes on as if it had not been."""
 
-import signal
-import subprocess
+import shutil
 import sys
-import time
 import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import yaml
 
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import train
 from srrl_jax.training.checkpoint import Checkpoints, Position
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = (
-    f"data.eval={ROOT / 'srrl_jax/tinyworld/hard.jsonl'}",
-    "eval.rows=2",
-    "eval.every=2",
-    "checkpoint.every=2",
-    "checkpoint.keep=5",
-    "optimizer.minibatches=2",
-    "optimizer.learning_rate=0.001",
-    "kl_coef=0.1",
-)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(recipe, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("uninterrupted")
-    return run_dir, train(recipe(run_dir, *RECIPE, "steps=4"))
+from .conftest import FOUR
 
 
 def assert_same_weights(one, other):
@@ -64,13 +45,13 @@ class Tracker:
         self.heard.append(failed)
 
 
-def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupted, tmp_path, monkeypatch):
+def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, finished, tmp_path, monkeypatch):
     """And its tracker hears of each step once, in the same tracked run; that it fails is told of."""
     monkeypatch.setitem(sys.modules, "of_mine", types.SimpleNamespace(Tracker=Tracker))
-    run_dir, state = uninterrupted
-    train(recipe(tmp_path, *RECIPE, "steps=2", "trackers=[of_mine:Tracker]"))
+    run_dir, state = finished
+    train(recipe(tmp_path, *FOUR, "steps=2", "trackers=[of_mine:Tracker]"))
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-    resumed = train(recipe(tmp_path, *RECIPE, "steps=4", "trackers=[of_mine:Tracker]"))
+    resumed = train(recipe(tmp_path, *FOUR, "trackers=[of_mine:Tracker]"))
     assert Tracker.heard == [
         *((None, 0), (0, 2, False), (1, 4, True), (2, 6, True), False),
         *(("first", 0), (4, 6, True), False),
@@ -82,50 +63,24 @@ def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, uninterrupte
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, uninterrupted, tmp_path):
-    """SIGKILL in step 4, when the log already has step 3 and the last checkpoint is of step 2."""
-    config = recipe(tmp_path, *RECIPE, "steps=4")
-    recipe_file = tmp_path / "recipe.yaml"
-    recipe_file.write_text(yaml.safe_dump(config.to_dict()))
-    child = """
-import sys, time
-from srrl_jax.telemetry import RunLog
-from srrl_jax.training import TrainConfig, train
-write = RunLog.write
-def slow(self, step, *rest):
-    write(self, step, *rest)
-    time.sleep(600 if step == 3 else 0)
-RunLog.write = slow
-train(TrainConfig.load(sys.argv[1]))
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c" + child, str(recipe_file)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    metrics, checkpoint = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "2"
-    try:
-        end = time.monotonic() + 240
-        while not (metrics.exists() and metrics.read_bytes().count(b"\n") == 4 and checkpoint.exists()):
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < end, "the child did not come to step 3"
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    with metrics.open("ab") as file:
-        file.write(b'{"step": 4, "rew')  # a line cut short by the kill
+def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, finished, tmp_path):
+    """As SIGKILL in step 4 leaves it: the logs are ahead of the checkpoint of step 2, their last line cut.
 
-    run_dir, state = uninterrupted
-    resumed = train(config)
-    assert_same_logs(tmp_path, run_dir)
+    Processes are really killed in test_kills.py, which is slow.
+    """
+    run_dir, state = finished
+    killed = Path(shutil.copytree(run_dir, tmp_path / "killed"))
+    shutil.rmtree(killed / "checkpoints" / "4")
+    metrics = killed / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    resumed = train(recipe(killed, *FOUR))
+    assert_same_logs(killed, run_dir)
     assert_same_weights(resumed, state)
 
 
-def test_a_checkpoint_holds_weights_optimizer_and_position(recipe, uninterrupted):
-    run_dir, state = uninterrupted
-    config = recipe(run_dir, *RECIPE, "steps=4")
+def test_a_checkpoint_holds_weights_optimizer_and_position(recipe, finished):
+    run_dir, state = finished
+    config = recipe(run_dir, *FOUR)
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:
         assert checkpoints.steps() == [2, 4]
         position, stored = checkpoints.restore(4, like=state)
@@ -146,19 +101,19 @@ def test_a_checkpoint_holds_weights_optimizer_and_position(recipe, uninterrupted
         ("grading.tries=1", "grading.tries was 2, now 1"),
     ],
 )
-def test_another_recipe_is_refused_with_its_difference(recipe, logs, uninterrupted, override, difference):
-    run_dir, _ = uninterrupted
+def test_another_recipe_is_refused_with_its_difference(recipe, logs, finished, override, difference):
+    run_dir, _ = finished
     before = logs(run_dir), (run_dir / "config.yaml").read_text()
     with pytest.raises(InputError) as error:
-        train(recipe(run_dir, *RECIPE, "steps=4", override))
+        train(recipe(run_dir, *FOUR, override))
     assert f"{run_dir} holds a run of another recipe: {difference}. " in str(error.value)
     assert (logs(run_dir), (run_dir / "config.yaml").read_text()) == before
 
 
-def test_a_finished_run_is_left_as_it_is(recipe, uninterrupted):
-    run_dir, state = uninterrupted
+def test_a_finished_run_is_left_as_it_is(recipe, finished):
+    run_dir, state = finished
     files = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
     before = [file.read_bytes() for file in files]
-    again = train(recipe(run_dir, *RECIPE, "steps=4"))
+    again = train(recipe(run_dir, *FOUR))
     assert [file.read_bytes() for file in files] == before
     assert_same_weights(again, state)
