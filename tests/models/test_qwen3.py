@@ -15,6 +15,9 @@ EXPERTS = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
 }  # fmt: skip
 TINY = ["tiny-qwen3-tied", "tiny-qwen3-untied"]
+# One program each, which compiles sooner than the many operations one by one.
+forward = jax.jit(lambda model, tokens: model(tokens))
+extend = jax.jit(Qwen3.extend, static_argnames=("remat", "states"))
 
 
 @pytest.fixture(params=TINY)
@@ -51,7 +54,7 @@ def test_golden_hidden_states(golden, relative_error):
     model, expected = golden
     tokens = expected["input_ids"][:, None]
     positions = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
-    hidden, *_ = model.extend(tokens, positions, np.ones(tokens.shape, bool))
+    hidden, *_ = extend(model, tokens, positions, np.ones(tokens.shape, bool))
     assert relative_error(hidden[:, 0], expected["hidden_states"][-1]) < 1e-5
     embedded = model.embed_tokens.weight[...][expected["input_ids"]]
     np.testing.assert_array_equal(embedded, expected["hidden_states"][0])
@@ -99,7 +102,7 @@ def test_tree_equals_flat(tiny, relative_error, fields):
 
     prefix_mask = np.arange(width) < prefix_lengths[:, None]
     steps = np.broadcast_to(np.arange(width), (2, 1, width))
-    _, (k, v), _ = model.extend(prefixes[:, None], steps, prefix_mask[:, None], states=False)
+    _, (k, v), _ = extend(model, prefixes[:, None], steps, prefix_mask[:, None], states=False)
     positions = prefix_lengths[:, None, None] + np.broadcast_to(np.arange(depth), (2, 2, depth))
     branch_mask = np.arange(depth) < branch_lengths[..., None]
     context = [Segment(k, v, prefix_mask[:, None, None])]
@@ -107,9 +110,9 @@ def test_tree_equals_flat(tiny, relative_error, fields):
     for n, b in np.ndindex(2, 2):
         p = prefix_lengths[n]
         flat[n, b, :p], flat[n, b, p : p + depth] = prefixes[n, :p], branches[n, b]
-    expected = model(flat.reshape(4, -1)).reshape(2, 2, width + depth, -1)
+    expected = forward(model, flat.reshape(4, -1)).reshape(2, 2, width + depth, -1)
     for remat in ("none", "full", "dots"):
-        hidden, *_ = model.extend(branches, positions, branch_mask, context, remat=remat)
+        hidden, *_ = extend(model, branches, positions, branch_mask, context, remat=remat)
         logits = model.logits(hidden)
         for n, b in np.ndindex(2, 2):
             p, length = prefix_lengths[n], branch_lengths[n, b]
@@ -126,14 +129,14 @@ def test_keys_and_values_alone(tiny, fields):
     model = tiny(**fields)
     tokens = np.random.default_rng(0).integers(0, 96, (2, 3, 6))
     prefix = np.arange(5)[None, None]
-    _, (k, v), _ = model.extend(prefix, prefix, np.ones(prefix.shape, bool))
+    _, (k, v), _ = extend(model, prefix, prefix, np.ones(prefix.shape, bool))
     context = [Segment(k, v, np.ones((1, 1, 1, 5), bool), prefix)]
     owners = np.array([[0, 0, 0, 1, 1, 2], [3, 3, 3, 3, 3, -1], [4, 4, 5, 5, 5, 5]])
     positions = 5 + np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3]])
     owners, positions = (np.broadcast_to(x, tokens.shape) for x in (owners, positions))
     options = dict(context=context, owners=owners)
-    _, every, _ = model.extend(tokens, positions, owners >= 0, **options)
-    states, alone, _ = model.extend(tokens, positions, owners >= 0, **options, states=False)
+    _, every, _ = extend(model, tokens, positions, owners >= 0, **options)
+    states, alone, _ = extend(model, tokens, positions, owners >= 0, **options, states=False)
     assert states is None
     for x, y in zip(every, alone, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
@@ -150,10 +153,10 @@ def test_own_context_equals_flat(tiny, relative_error, fields):
     for start, stop in ((0, 4), (4, 8), (8, 9)):
         part = sequences[:, : 1 if start == 0 else 2, start:stop]
         positions = np.broadcast_to(np.arange(start, stop), part.shape)
-        hidden, (k, v), _ = model.extend(part, positions, np.ones(part.shape, bool), context)
+        hidden, (k, v), _ = extend(model, part, positions, np.ones(part.shape, bool), context)
         context.append(Segment(k, v, np.ones((1, 1, 1, stop - start), bool)))
     for b in range(2):
-        last = model(sequences[:, b])[:, -1:]
+        last = forward(model, sequences[:, b])[:, -1:]
         assert relative_error(model.logits(hidden)[:, b], last) < 1e-5
 
 

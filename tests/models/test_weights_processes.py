@@ -13,7 +13,8 @@ from flax import nnx
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax/tinyworld/checkpoint"
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 8])
 def test_each_process_reads_its_own_and_saves_what_one_device_saves(tiny, tmp_path, processes):
     """Eight devices, fsdp 8: with eight processes each reads an eighth."""
     source, out = tmp_path / "source", tmp_path / "out"

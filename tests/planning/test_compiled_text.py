@@ -56,6 +56,7 @@ def test_no_weights_are_gathered_while_decoding(rollout, setup):
     assert sum(c.bytes for c in moved if c.kind == "all-gather") > smallest, "they are gathered before it"
 
 
+@pytest.mark.slow
 def test_no_weights_of_experts_are_gathered_while_decoding(planned, v6e, make_setup):
     """The slots of an `expert` group are."""
     config = planned("mesh.fsdp=2", "mesh.tensor=1", "mesh.expert=2")
@@ -105,6 +106,7 @@ def size(array: str) -> int:
     return math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
 
 
+@pytest.mark.slow
 def test_an_update_gives_back_what_it_took(setup, updating):
     """Else the second update would compile again, and nothing would be donated."""
     same = jax.tree.map(
@@ -165,6 +167,7 @@ def test_a_layer_is_summed_twice_each_way_and_handed_on_in_pieces(rollout, updat
             assert count("all-reduce", own) == 0
 
 
+@pytest.mark.slow
 def test_what_the_backward_pass_keeps_is_in_pieces(planned, v6e, make_setup):
     """With full remat, of each layer its input."""
     setup = make_setup(planned("optimizer.remat=full"), v6e.devices(), prompt=128)
@@ -224,9 +227,8 @@ def test_experts_gather_tokens_and_sum_them_in_pieces(planned, v6e, make_setup):
         assert [c.kind for c in scattered] == ["reduce-scatter"] * 2
 
 
-@pytest.mark.parametrize(
-    "sizes", [(4, 1, 1), *(pytest.param(each, marks=pytest.mark.slow) for each in [(2, 1, 2), (1, 1, 4)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 1, 2), (1, 1, 4)])
 def test_nothing_is_scattered_over_one_device(planned, v6e, make_setup, sizes):
     """libtpu aborts on that, without a message: here no axis is cut over `fsdp`."""
     config = planned(*(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)))
@@ -235,6 +237,7 @@ def test_nothing_is_scattered_over_one_device(planned, v6e, make_setup, sizes):
     assert all(len(group) > 1 for c in scattered for group in c.groups)
 
 
+@pytest.mark.slow
 def test_gradients_of_experts_take_no_more_work_for_more_experts(v6e):
     """XLA's own gradient by the matrices multiplies every row for every expert (`models/ragged.py`)."""
     rows, hidden, inner, experts = 4096, 256, 512, 16

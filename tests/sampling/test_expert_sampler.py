@@ -8,7 +8,10 @@ from flax import nnx
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
 
-@pytest.mark.parametrize(("int8", "least", "most"), [("none", 0, 1e-5), ("weights_kv", 1e-3, 0.1)])
+@pytest.mark.parametrize(
+    ("int8", "least", "most"),
+    [("none", 0, 1e-5), pytest.param("weights_kv", 1e-3, 0.1, marks=pytest.mark.slow)],
+)
 def test_samples_have_the_log_probabilities_of_flat_sequences(
     experts, draw_rows, flat_logprobs, int8, least, most
 ):

@@ -39,6 +39,7 @@ def gap(model, params, draw_rows, flat_logprobs):
     return measure
 
 
+@pytest.mark.slow
 def test_the_gap_to_the_trainer(gap):
     none, weights, weights_kv = map(gap, ("none", "weights", "weights_kv"))
     assert none < 1e-5

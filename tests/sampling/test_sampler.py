@@ -62,7 +62,9 @@ def plain(model, params, mixed):
     return Sampler(model, rows(), new_tokens=8, stop_ids=NEVER, sampling=WARM).generate(params, *mixed, KEY)
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3-tied", "tiny-qwen3-untied"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen3-tied", pytest.param("tiny-qwen3-untied", marks=pytest.mark.slow)]
+)
 def test_golden_greedy(shared_data, name):
     """transformers' greedy tokens, as a rollout and with the prompt's end given as branches."""
     with np.load(shared_data / name / "golden.npz") as arrays:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_eight_devices_sample_what_one_does():
     """To rounding, but for a key or value that 8 bits round the other way; the gap is of 8 bits on both."""
     flags = "--xla_force_host_platform_device_count=8"

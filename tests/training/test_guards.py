@@ -88,6 +88,7 @@ def test_a_step_without_finite_loss_changes_nothing(recipe, spoilt, tmp_path):
     assert len(events) == 2 and str(files[0]) in events[0]["message"]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_updates_in_a_row_end_the_run_over_a_resume_too(recipe, spoilt, tmp_path):
     spoilt(1, 2)
     train(recipe(tmp_path, *RECIPE, "steps=1", "optimizer.max_skipped=3"))  # two of step 1

@@ -115,7 +115,8 @@ def test_a_reply_over_the_limit_is_refused(recipe, graded, tmp_path):
         lessons_of(recipe(tmp_path, "data.teacher_loss=sft"), graded([row]))
 
 
-@pytest.mark.parametrize("verdict", ["generate", pytest.param("constrained", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verdict", ["generate", "constrained"])
 def test_the_policy_is_rewarded_for_the_teachers_verdict(recipe, graded, verdict, tmp_path):
     run = tmp_path / "run"
     teaching = (f"data.teacher={graded()}", "data.teacher_share=0.5")

@@ -94,6 +94,7 @@ def test_an_export_is_merged(run, learner, tmp_path):
     assert changed == {"q_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_transformers_loads_an_export(run, learner, torch, tmp_path):
     from transformers import AutoModelForCausalLM
 

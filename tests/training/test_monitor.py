@@ -144,6 +144,7 @@ def test_a_run_is_watched_by_all_its_judges(recipe, teacher, tmp_path, capsys):
     assert "Warnings" in page and "further apart than" in page and "graded by the teacher" in page
 
 
+@pytest.mark.slow
 def test_a_teacher_can_be_the_grader_and_its_death_costs_nothing_paid(
     recipe, teacher, oracle_server, tmp_path
 ):

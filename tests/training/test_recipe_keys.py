@@ -301,6 +301,7 @@ def test_attention_asks_for_its_device(recipe, tmp_path, kernel, device):
         train(recipe(tmp_path, f"attention={kernel}"))
 
 
+@pytest.mark.slow
 def test_the_reference_may_lie_in_host_memory(recipe, finished, logs, tmp_path):
     """It grades there too, so it comes for both of its uses; nothing else changes."""
     train(recipe(tmp_path, *FOUR, "steps=2", "reference=host"))

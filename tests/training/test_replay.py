@@ -24,7 +24,7 @@ def differing(run_dir, step) -> list[str]:
     return [row.name for row in replay(run_dir, step)[0] if row.verdict != "same"]
 
 
-@pytest.mark.parametrize(("step", "start"), [(2, 0), (3, 2)])
+@pytest.mark.parametrize(("step", "start"), [pytest.param(2, 0, marks=pytest.mark.slow), (3, 2)])
 def test_every_step_is_the_same_to_the_bit(finished, step, start):
     run_dir, _ = finished
     found, started = replay(run_dir, step)
@@ -45,6 +45,7 @@ def rewrite(path, step, change):
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
+@pytest.mark.slow
 def test_a_changed_verdict_shows_in_all_that_follows_from_it(run_dir):
     def turn(row):
         criterion = next(c for c in row["criteria"] if c["points"] > 0)
@@ -55,6 +56,7 @@ def test_a_changed_verdict_shows_in_all_that_follows_from_it(run_dir):
     assert {"reward 0.0", "advantage 0.0", "reward/mean", "loss"} <= set(names)
 
 
+@pytest.mark.slow
 def test_changed_tokens_show(run_dir):
     path = tokens_path(run_dir, 3)
     with np.load(path) as file:

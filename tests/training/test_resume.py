@@ -45,6 +45,7 @@ class Tracker:
         self.heard.append(failed)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_writes_what_a_run_in_one_writes(recipe, finished, tmp_path, monkeypatch):
     """And its tracker hears of each step once, in the same tracked run; that it fails is told of."""
     monkeypatch.setitem(sys.modules, "of_mine", types.SimpleNamespace(Tracker=Tracker))
