@@ -15,7 +15,7 @@ from srrl_jax.telemetry.charts import SERIES, Panel, Series, line_chart, stacked
 from srrl_jax.telemetry.curves import CHARTS, TILES
 from srrl_jax.telemetry.run_log import PHASES, read_metrics
 from srrl_jax.telemetry.text import duration, number, points
-from srrl_jax.viewer.index import Index
+from srrl_jax.viewer.index import JUDGES, Index
 from srrl_jax.viewer.queries import axis_curves, criteria
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -75,7 +75,8 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "points": points}
-    with Index([run_dir]) as index:
+    environment.globals["others"] = JUDGES[1:]
+    with Index([run_dir], searched=False) as index:
         found = {
             "warnings": list(
                 dict.fromkeys(
@@ -191,12 +192,6 @@ def _charts(metrics: list[dict], axes: Curves, curves: Curves) -> list[Drawing]:
         note = f"Seconds of each phase, stacked. {remark}".strip()
         charts.append(Drawing("Time", note, times, Markup(svg), wide=True))
     return charts
-
-
-def _series(metrics: list[dict], key: str, label: str, colour: int = 0) -> list[Series]:
-    """The metric as a list of one series, or of none where it was never logged."""
-    logged = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-    return [Series(label, logged, colour)] if logged else []
 
 
 def _lines(curves: Curves, first: int) -> list[Series]:

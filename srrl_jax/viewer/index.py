@@ -5,8 +5,8 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
+from hashlib import md5
 from itertools import islice
 
 import duckdb
@@ -19,28 +19,66 @@ from srrl_jax.telemetry.run_log import iter_jsonl
 
 BATCH = 1000  # samples of one insert
 LOGS = [f"{name}.jsonl" for name in ("metrics", "timings", "events", "labels")]  # small: not kept here
-JUDGES = ("self", "frozen", "teacher")
+JUDGES = ("self", "frozen", "teacher", "own")
 
-_MARK = {True: "1", False: "0", None: "?"}
-# `self`, `frozen` and `teacher` of a sample hold one mark a criterion, NULL where that judge did not grade.
-# The whole row stays in the log, `size` bytes from `start` of its part; a search looks through `text`.
-_SAMPLES = pa.schema(
-    [(name, pa.int64()) for name in "run id step sample tokens differ part start size".split()]
-    + [(name, pa.string()) for name in ("split", "prompt_id", "theme", *JUDGES, "head", "text")]
-    + [(name, pa.list_(pa.string())) for name in ("criteria", "axes")]
-    + [("points", pa.list_(pa.float64())), ("truncated", pa.bool_())]
-    + [("reward", pa.float64()), ("advantage", pa.float64())]
+_TYPES = {
+    "step": "BIGINT", "split": "VARCHAR", "prompt_id": "VARCHAR", "sample": "BIGINT", "reward": "DOUBLE",
+    "advantage": "DOUBLE", "tokens": "BIGINT", "truncated": "BOOLEAN", "example_tags": ["VARCHAR"],
+    "prompt": [{"content": "VARCHAR"}], "response": "VARCHAR",
+}  # fmt: skip
+_CRITERION = {"criterion": "VARCHAR", "points": "DOUBLE", "tags": ["VARCHAR"], "verdict": "BOOLEAN"}
+_CRITERION |= dict.fromkeys(JUDGES[1:], "BOOLEAN")
+_KEY = "md5({0})[:10]"  # of a criterion's text, the same in every run, so that a link can hold it
+_TAG = "coalesce(list_filter({1}, lambda t: starts_with(t, '{0}:'))[1][len('{0}:') + 1:], '')"
+_MARKS = (
+    "array_to_string([CASE WHEN c.{0} THEN '1' WHEN NOT c.{0} THEN '0' ELSE '?' END FOR c IN criteria], '')"
 )
-_CRITERIA = pa.schema([("criterion", pa.string()), ("text", pa.string())])
-_PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "text", "head")])
-_TABLES = {"criteria": _CRITERIA, "prompts": _PROMPTS, "samples": _SAMPLES}
-_LOGGED = ("step", "split", "prompt_id", "sample", "reward", "advantage", "tokens", "truncated")
-_VERDICT = "CASE substr({0}, k, 1) WHEN '1' THEN 1 WHEN '0' THEN 0 END AS {0}"
+_GIVEN = ", ".join(f"c.{name}::INT" for name in ("verdict", *JUDGES[1:]))
+
+
+def _parsed(searched: bool) -> str:
+    """A query on `lines` for what `samples` holds of them, and the texts of prompt and criteria beside it.
+
+    A judge's column holds one mark a criterion, NULL where it did not grade. The whole row stays in the log,
+    `size` bytes from `start` of its part; a search looks through `text`, "" where nothing is `searched`.
+    """
+    more = {"completion": "VARCHAR"} if searched else {}
+    types = _TYPES | more | {"criteria": [_CRITERION | ({"explanation": "VARCHAR"} if searched else {})]}
+    judged = [f"contains(line, '\"{name}\":') AS has_{name}" for name in JUDGES[1:]]
+    marks = [f"CASE WHEN has_{name} THEN {_MARKS.format(name)} END AS {name}" for name in JUDGES[1:]]
+    texts = "lower(array_to_string([completion] || [c.explanation FOR c IN criteria], chr(10)))"
+    return f"""
+SELECT run, id, part, start, size, step, split, prompt_id, sample, reward, advantage, tokens, truncated,
+    left(response, 200) AS head, {texts if searched else "''"} AS text,
+    {_MARKS.format("verdict")} AS self, {", ".join(marks)},
+    coalesce(list_sum([(greatest({_GIVEN}) > least({_GIVEN}))::INT FOR c IN criteria]), 0)::INT AS differ,
+    {_TAG.format("theme", "example_tags")} AS theme,
+    [{_KEY.format("c.criterion")} FOR c IN criteria] AS criteria,
+    [{_TAG.format("axis", "c.tags")} FOR c IN criteria] AS axes,
+    [c.points FOR c IN criteria] AS points,
+    [c.criterion FOR c IN criteria] AS asked,
+    array_to_string([turn.content FOR turn IN prompt], chr(10)) AS prompt, prompt[-1].content[:200] AS last
+FROM (SELECT * EXCLUDE line, {", ".join(judged)}, unnest(from_json(line, '{json.dumps(types)}'))
+      FROM lines)"""
+
+
+_LINES = pa.schema(
+    [(name, pa.int64()) for name in ("run", "id", "part", "start", "size")] + [("line", pa.string())]
+)
+_VERDICT = "CASE {0}[k] WHEN '1' THEN 1 WHEN '0' THEN 0 END AS {0}"
+# What these tables get of `new`, in this order.
+_TABLES = {
+    "criteria": f"""
+SELECT DISTINCT {_KEY.format("text")} AS criterion, text FROM (SELECT unnest(asked) AS text FROM new)""",
+    "prompts": "SELECT prompt_id, min(prompt) AS text, min(last) AS head FROM new GROUP BY prompt_id",
+    "samples": "SELECT * EXCLUDE (asked, prompt, last) FROM new",
+}
 _VERDICTS = f"""
-SELECT * EXCLUDE k, k - 1 AS k, greatest(self, frozen, teacher) > least(self, frozen, teacher) AS differ
+SELECT * EXCLUDE k, k - 1 AS k, greatest({", ".join(JUDGES)}) > least({", ".join(JUDGES)}) AS differ
 FROM (SELECT run, id, step, split, prompt_id, theme, tokens, k, criteria[k] AS criterion, axes[k] AS axis,
              points[k] AS points, {", ".join(map(_VERDICT.format, JUDGES))}
-      FROM (SELECT * EXCLUDE text, unnest(range(1, len(criteria) + 1)) AS k FROM new))"""
+      FROM (SELECT * EXCLUDE (text, head), unnest(range(1, len(criteria) + 1)) AS k FROM {{0}}))"""
+_ONCE = {"criteria": "criterion", "prompts": "prompt_id"}  # tables that hold each of these once
 
 
 class Rewound(Exception):
@@ -117,6 +155,10 @@ class Run:
 class Index:
     """The samples of some runs in a database of its own, which lies in a temporary folder.
 
+    Args:
+      searched: whether many questions will be asked, such as for samples by their text, which most of the
+        database is; the report asks few.
+
     Tables: `samples`, `verdicts` (a row for each criterion of each sample), `criteria` (text and axis by a
     key that is the same in all runs) and `prompts`. `refresh` reads what the logs have gained; `ask` may be
     called from any thread meanwhile.
@@ -125,7 +167,7 @@ class Index:
       InputError: a path is not a run directory.
     """
 
-    def __init__(self, runs: Sequence[str | os.PathLike]):
+    def __init__(self, runs: Sequence[str | os.PathLike], searched: bool = True):
         paths = [os.fspath(run).rstrip("/") for run in runs]
         depth = 1
         while len(set(names := ["/".join(path.split("/")[-depth:]) for path in paths])) < len(set(paths)):
@@ -141,12 +183,14 @@ class Index:
         self._database = duckdb.connect(f"{self._folder.name}/index.duckdb", config=settings)
         self._lock = threading.Lock()  # of `refresh`
         self._closing = False
-        for name, schema in _TABLES.items():
-            self._database.register("new", schema.empty_table())
-            self._database.execute(f"CREATE TABLE {name} AS FROM new")
-        self._database.execute(f"CREATE TABLE verdicts AS {_VERDICTS}")
-        self._criteria: dict[str, str] = {}
-        self._prompts: set[str] = set()
+        self._database.execute("PRAGMA disable_checkpoint_on_shutdown")  # the folder goes with it
+        self._searched, self._parsed = searched, _parsed(searched)
+        with self._database.cursor() as cursor:
+            self._parse(cursor, [])
+            for name, query in _TABLES.items():
+                cursor.execute(f"CREATE TABLE {name} AS {query}")
+            kind = "TABLE" if searched else "VIEW"  # which takes no memory, but a second for each question
+            cursor.execute(f"CREATE {kind} verdicts AS {_VERDICTS.format('samples')}")
 
     def close(self) -> None:
         self._closing = True
@@ -180,7 +224,7 @@ class Index:
         for where in self.ask("SELECT part, start, size FROM samples WHERE run = ? AND id = ?", [run, id]):
             with self.runs[run].tail.parts[where["part"]].open("rb") as file:
                 file.seek(where["start"])
-                return _read(file.read(where["size"]))
+                return clean(json.loads(file.read(where["size"])))
         raise InputError(f"{self.runs[run].name} has no sample {id}")
 
     def refresh(self) -> None:
@@ -193,7 +237,7 @@ class Index:
                     while not self._closing and (batch := list(islice(lines, BATCH))):
                         self._insert(number, run, batch)
                 except Rewound:
-                    for table in ("samples", "verdicts"):
+                    for table in ("samples", "verdicts") if self._searched else ("samples",):
                         self._database.cursor().execute(f"DELETE FROM {table} WHERE run = ?", [number])
                     run.restart()
                 run.version += run.logs_changed()
@@ -201,74 +245,50 @@ class Index:
                 self._database.cursor().execute("CHECKPOINT")
 
     def _insert(self, number: int, run: Run, batch: list[tuple[int, int, bytes]]) -> None:
-        tables: dict[str, list[dict]] = {name: [] for name in _TABLES}
-        for id, (part, at, line) in enumerate(batch, start=run.samples):
-            try:
-                row = _read(line)
-            except ValueError as error:
-                raise InputError(f"{run.tail.parts[part]}: line {id + 1}: not JSON ({error})") from None
-            if row["prompt_id"] not in self._prompts:
-                self._prompts.add(row["prompt_id"])
-                text = "\n".join(turn["content"] for turn in row["prompt"])
-                head = row["prompt"][-1]["content"][:200]
-                tables["prompts"].append({"prompt_id": row["prompt_id"], "text": text, "head": head})
-            for text in [item["criterion"] for item in row["criteria"]]:
-                if text not in self._criteria:
-                    self._criteria[text] = criterion_key(text)
-                    tables["criteria"].append({"criterion": self._criteria[text], "text": text})
-            place = {"run": number, "id": id, "part": part, "start": at, "size": len(line)}
-            tables["samples"].append(place | _columns(row, self._criteria))
+        lines = [
+            {"run": number, "id": id, "part": part, "start": at, "size": len(line), "line": line}
+            for id, (part, at, line) in enumerate(batch, start=run.samples)
+        ]
         with self._database.cursor() as cursor:
+            try:
+                self._parse(cursor, lines)
+            except (duckdb.Error, pa.ArrowInvalid):  # no JSON, or halves of surrogate pairs
+                for each in lines:
+                    try:
+                        each["line"] = json.dumps(clean(json.loads(each["line"])), ensure_ascii=False)
+                    except ValueError as error:
+                        where = f"{run.tail.parts[each['part']]}: line {each['id'] + 1}"
+                        raise InputError(f"{where}: not JSON ({error})") from None
+                self._parse(cursor, lines)
+            missing = "step IS NULL OR prompt_id IS NULL OR sample IS NULL OR criteria IS NULL"
+            for (id,) in cursor.execute(f"SELECT id FROM new WHERE {missing} LIMIT 1").fetchall():
+                raise InputError(f"{run.tail.log}: line {id + 1}: not a sample; delete the line")
             cursor.execute("BEGIN")
-            for name, rows in tables.items():
-                cursor.register("new", pa.Table.from_pylist(rows, _TABLES[name]))
-                cursor.execute(f"INSERT INTO {name} FROM new")
-            cursor.execute(f"INSERT INTO verdicts {_VERDICTS}")  # of `new`, which are samples now
+            for name, query in _TABLES.items():
+                known = (
+                    f" WHERE {_ONCE[name]} NOT IN (SELECT {_ONCE[name]} FROM {name})" if name in _ONCE else ""
+                )
+                cursor.execute(f"INSERT INTO {name} FROM ({query}){known}")
+            if self._searched:
+                cursor.execute(f"INSERT INTO verdicts {_VERDICTS.format('new')}")
             cursor.execute("COMMIT")
         run.samples += len(batch)
         run.version += 1
 
+    def _parse(self, cursor: duckdb.DuckDBPyConnection, lines: Sequence[dict]) -> None:
+        cursor.register("lines", pa.Table.from_pylist(lines, _LINES))
+        cursor.execute(f"CREATE OR REPLACE TEMP TABLE new AS {self._parsed}")
+
 
 def criterion_key(text: str) -> str:
-    """A short name of a criterion's text, the same in every run, so that a link can hold it."""
-    return blake2b(text.encode(), digest_size=5).hexdigest()
-
-
-def _columns(row: dict, keys: Mapping[str, str]) -> dict:
-    """What `samples` holds of a row, its place in the log apart."""
-    criteria = row["criteria"]
-    others = [name for name in JUDGES[1:] if criteria and name in criteria[0]]
-    marks = {"self": "".join([_MARK[item["verdict"]] for item in criteria])}
-    marks |= {name: "".join([_MARK[item.get(name)] for item in criteria]) for name in others}
-    texts = [row["completion"], *(item["explanation"] for item in criteria)]
-    return (
-        {name: row[name] for name in _LOGGED}
-        | marks
-        | {
-            "criteria": [keys[item["criterion"]] for item in criteria],
-            "axes": [_tag("axis:", item.get("tags")) for item in criteria],
-            "points": [item["points"] for item in criteria],
-            "differ": sum("0" in given and "1" in given for given in zip(*marks.values(), strict=True)),
-            "theme": _tag("theme:", row.get("example_tags")),
-            "head": row["response"][:200],
-            "text": "\n".join(texts).lower(),
-        }
-    )
+    """What stands for a criterion in links and tables."""
+    return md5(text.encode(), usedforsecurity=False).hexdigest()[:10]
 
 
 def _size(parts: Sequence[epath.Path]) -> int:
     """Bytes of a log on a disk; in a store, where each object is written once, the number of them."""
     remote = bool(parts) and storage.is_remote(parts[0])
     return len(parts) if remote else sum(part.stat().length for part in parts)
-
-
-def _tag(kind: str, tags: Sequence[str] | None) -> str:
-    return next((tag.removeprefix(kind) for tag in tags or () if tag.startswith(kind)), "")
-
-
-def _read(line: bytes) -> dict:
-    row = json.loads(line)
-    return clean(row) if b"\\ud" in line or b"\\uD" in line else row
 
 
 def clean(value):

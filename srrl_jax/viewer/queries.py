@@ -20,8 +20,8 @@ PAGE = 50
 MOST_CRITERIA = 3000
 BINS = 16  # of the steps, in the small curves of criteria
 ROW = (
-    "id, step, split, prompt_id, sample, theme, reward, advantage, tokens, truncated, head, "
-    "self, frozen, teacher, differ, points"
+    "id, step, split, prompt_id, sample, theme, reward, advantage, tokens, truncated, head, differ, points, "
+    + ", ".join(JUDGES)
 )
 SORTS = ("id", "step", "reward", "advantage", "tokens", "differ")
 _RUN = "run = ?"
@@ -132,13 +132,15 @@ def criteria(index: Index, params: Params) -> dict:
     """How each criterion behaves, or each axis or theme (`by`); those to repair first come first.
 
     `alike` is the share of groups in which it tells no answer from another, `length` the correlation of
-    being met with tokens, `frozen` and `teacher` the share of verdicts that are theirs too. `repair` adds up
-    what is wrong (unscorable, alike, disagreement, size of the correlation), less for fewer verdicts.
+    being met with tokens, the column of another judge the share of verdicts that are its own too. `repair`
+    adds up what is wrong (unscorable, alike, disagreement, size of the correlation), less for fewer verdicts.
     """
     by = params.get("by") or "criterion"
     if by not in ("criterion", "axis", "theme"):
         raise InputError(f"by: {by} is none of criterion, axis, theme")
     chosen, values = both_filters(index, params)
+    shares = ", ".join(f"avg((self = {name})::INT) AS {name}" for name in JUDGES[1:])
+    disagreement = " + ".join(f"coalesce(1 - {name}, 0)" for name in JUDGES[1:])
     rows = index.ask(
         f"""
         WITH chosen AS (SELECT *, {by} AS name FROM verdicts WHERE {chosen} AND {by} <> ''),
@@ -151,10 +153,9 @@ def criteria(index: Index, params: Params) -> dict:
             WHERE self IS NOT NULL GROUP BY ALL) GROUP BY name),
         totals AS (SELECT name, min(axis) AS axis, count(*) AS n, min(points) AS low, max(points) AS high,
             avg(self) AS met, 1 - count(self) / count(*) AS unscorable, corr(self, tokens) AS length,
-            avg((self = frozen)::INT) AS frozen, avg((self = teacher)::INT) AS teacher
-            FROM chosen GROUP BY name)
+            {shares} FROM chosen GROUP BY name)
         SELECT totals.*, alike, curve, text, count(*) OVER () AS total,
-            (unscorable + coalesce(alike, 0) + coalesce(1 - frozen, 0) + coalesce(1 - teacher, 0)
+            (unscorable + coalesce(alike, 0) + {disagreement}
              + coalesce(CASE WHEN isnan(length) THEN 0 ELSE abs(length) END, 0)) * n / (n + 8) AS repair
         FROM totals LEFT JOIN alike USING (name) LEFT JOIN curves USING (name)
             LEFT JOIN criteria ON criteria.criterion = totals.name

@@ -39,6 +39,7 @@ def sample(step: int, split: str, prompt: int, number: int) -> dict:
                 "explanation": f"Because {HOSTILE}", "tries": 1, "tokens": 4.0}  # fmt: skip
         if split == "eval":
             item["frozen"] = not met if step == 2 and points == 5 else met
+            item["own"] = item["frozen"]  # a grader of one's own, which says the same
             item["frozen_explanation"] = "The start sees it otherwise."
         criteria.append(item)
     return {
@@ -132,7 +133,9 @@ def test_criteria_in_numbers(run):
         rows = {row["text"]: row for row in ask(index, "criteria")["rows"]}
         hurts, drug, kind = (rows[text.encode(errors="replace").decode()] for text, _, _ in CRITERIA)
         assert [hurts[name] for name in ("n", "met", "unscorable", "alike")] == [16, 0.5, 0, 0]
-        assert hurts["frozen"] == 0.5  # of the held-out verdicts of both steps
+        assert (
+            hurts["frozen"] == hurts["own"] == 0.5 and hurts["teacher"] is None
+        )  # of the held-out verdicts of both steps
         assert (drug["met"], drug["low"], drug["frozen"]) == (0.5, -8, 1)
         assert kind["unscorable"] == 0.25 and kind["length"] is None  # always met where it could be read
         assert kind["alike"] == 1  # at step 2; at step 1 one verdict of each group is missing
@@ -140,6 +143,24 @@ def test_criteria_in_numbers(run):
         assert len(ask(index, "criteria", by="theme", split="eval")["rows"]) == 2
         curve = ask(index, "overview")["curves"]["axis/context"]
         assert curve[0] == (1, pytest.approx((2 * 5 + 2 * 2) / (4 * 5 + 2 * 2)))  # readable verdicts alone
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("{broken", "line 17: not JSON"), ('{"step": 1}', "line 17: not a sam")]
+)
+def test_a_line_that_is_no_sample_is_named(run, line, said):
+    with (run / "samples.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=f"samples.jsonl: {said}"), Index([run]):
+        pass
+
+
+def test_the_report_asks_without_what_a_search_takes(run):
+    with Index([run], searched=False) as some, Index([run]) as index:
+        for by in ("criterion", "axis", "theme"):
+            assert ask(some, "criteria", by=by) == ask(index, "criteria", by=by)
+        assert ask(some, "samples", text="knee")["total"] == 16  # in the prompts alone
+        assert ask(some, "samples", text="answer")["total"] == 0
 
 
 def test_the_index_follows_a_log_and_a_torn_line_waits(run):
@@ -388,7 +409,7 @@ def test_labels_go_to_a_file_that_meta_evaluate_reads_and_score_the_judges(page,
     right = [row["label"] == row["judges"]["self"] for row in saved]
     assert right == [True, False, True]
     table = {line.split()[0]: line.split()[-1] for line in page.locator(".score tbody tr").all_inner_texts()}
-    assert table == {"self": "3", "frozen": "3"}
+    assert table == {"self": "3", "frozen": "3", "own": "3"}
     for label, count in ((True, 4), (False, 4), (None, 3)):  # again, the other way, and taken away
         body = json.dumps({"run": "one", "id": 8, "k": 1, "label": label}).encode()
         assert served.status("api/label", body, content_type="application/json") == 200

@@ -1,6 +1,8 @@
 // Elements, links and numbers. Text goes in as text nodes alone: nothing that a model wrote is ever parsed.
 "use strict";
 
+const JUDGES = ["self", "frozen", "teacher", "own"];
+
 // h("tag.class.class", { attribute: value, onEVENT: function }, child, [child, ...], ...); attributes may be left out.
 function h(what, ...children) {
   const [tag, ...classes] = what.split("."), attributes = children[0]?.constructor === Object ? children.shift() : {};

@@ -23,7 +23,7 @@ const within = (wanted, value) => {
 };
 const mark = (row, judge, k) => (row[judge] ? row[judge][k] : "?");
 const differs = (row, k) => {
-  const given = ["self", "frozen", "teacher"].map((judge) => mark(row, judge, k));
+  const given = JUDGES.map((judge) => mark(row, judge, k));
   return given.includes("0") && given.includes("1");
 };
 

@@ -166,7 +166,7 @@ function answer(data, id, params) {
 }
 
 function criterion(item, k, key, labels, id, params) {
-  const others = ["frozen", "teacher"].filter((judge) => judge in item), label = labels[item.criterion];
+  const others = JUDGES.slice(1).filter((judge) => judge in item), label = labels[item.criterion];
   const parts = (judge) => markOf(item[judge]) !== markOf(item.verdict);
   return h("li", { class: params.criterion === key && "on" },
     h("span", { class: `points ${signOf(item.points)}` }, (item.points > 0 ? "+" : "") + minus(item.points)),
