@@ -172,18 +172,11 @@ def test_an_unexpected_error_is_not_swallowed(monkeypatch):
         cli.main()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["train", "configs/none.yaml"], "srrl: configs/none.yaml: no such config file"),
-        (["train", "configs/demo.yaml", "modle=x"], "did you mean 'model'?"),
-    ],
-)
-def test_the_installed_command(arguments, said):
-    command = Path(sys.executable).with_name("srrl")
-    result = subprocess.run([command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_the_installed_command():
+    command = [Path(sys.executable).with_name("srrl"), "train", "configs/demo.yaml", "modle=x"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert said in result.stderr and "Traceback" not in result.stderr
+    assert "did you mean 'model'?" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

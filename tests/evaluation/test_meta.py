@@ -121,6 +121,7 @@ def labels(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_embedded_model_against_the_oracle(labels, tmp_path):
     arguments = (
         *("meta-evaluate", WORLD / "checkpoint", labels, "--out", tmp_path, "--batch", 4),

@@ -19,6 +19,7 @@ WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 TEMPERATURE = 5.0  # at which the tokens of this model are far from certain
 
 
+@pytest.mark.slow
 def test_a_gap_is_that_to_the_whole_sequence_without_8_bits(monkeypatch):
     """Of the first reply to each of as many responses as are prefilled together."""
     model, tokenizer = Qwen3.from_pretrained(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")

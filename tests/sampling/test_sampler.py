@@ -265,6 +265,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_compiling_ahead(model, other_model, draw_rows):
     """Whatever the rows, as long as they are no longer than those that were planned with."""
     mesh = make_mesh()

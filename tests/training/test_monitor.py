@@ -123,6 +123,7 @@ def truth_of(row: dict) -> float:
 EVAL = ("data.eval=srrl_jax/tinyworld/hard.jsonl", "eval.rows=4", "eval.samples=2")
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_all_its_judges(recipe, teacher, tmp_path, capsys):
     run = tmp_path / "run"
     overrides = [*EVAL, *teacher, "optimizer.learning_rate=0.01", "optimizer.minibatches=1"]

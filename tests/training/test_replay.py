@@ -84,6 +84,7 @@ def test_a_step_that_is_not_there(finished, step):
         replay(finished[0], step)
 
 
+@pytest.mark.slow
 def test_files_that_are_missing_are_named(run_dir, tmp_path):
     tokens_path(run_dir, 1).unlink()
     with pytest.raises(InputError, match=r"step 1 cannot be computed again without .*step_000001\.npz"):
