@@ -187,6 +187,7 @@ def _sample(example: Example, repeat: int, answer: Answer, verdicts: Sequence[Ve
                 "explanation": verdict.explanation,
                 "tries": verdict.tries,
             }
+            | verdict.logged
             for item, verdict in zip(example.rubrics, verdicts, strict=True)
         ],
     }

@@ -35,7 +35,8 @@ def load_labels(source: str | Path) -> list[LabelRow]:
     optional, `anonymized_physician_ids` and `category`. It may also be shorter: a `conversation`
     that ends with the assistant's turn for `prompt` and `completion`, `criterion` for `rubric`,
     one `label` for `binary_labels`. Points are those of `points`, or of a "[-3] " before the
-    criterion's text, else NaN: the grader is then shown none, as in simple-evals.
+    criterion's text, else NaN: the grader is then shown none, as in simple-evals. Where
+    `label` is null, nobody was sure, and the row is left out.
 
     Raises InputError that names the line, the field and the mend.
     """
@@ -44,7 +45,8 @@ def load_labels(source: str | Path) -> list[LabelRow]:
         try:
             if fault:
                 raise ValueError(fault)
-            labels.append(_label_row(value))
+            if not (isinstance(value, dict) and value.get("label", "") is None):
+                labels.append(_label_row(value))
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     if not labels:

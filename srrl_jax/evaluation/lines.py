@@ -72,7 +72,8 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
 
     A line is the row with `grade_id` ("prompt_id:line"), `prompt_id`, `reward` (null where nothing could
     be scored) and `verdicts`, one {criterion, points, met, probability, explanation, tries} for each
-    criterion. `model` is a checkpoint, or the YAML of a teacher.
+    criterion, with the single `votes` where there are several. `model` is a checkpoint, or the YAML of a
+    teacher.
     Raises InputError: a bad row (file:line), or an OUT that was made with other settings, or that another
     process writes.
     """
@@ -96,7 +97,7 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
             for (name, row, example), verdicts in zip(part, judge.grade(items), strict=True):
                 judged = [
                     {"criterion": c.criterion, "points": c.points, "met": v.met, "probability": v.probability,
-                     "explanation": v.explanation, "tries": v.tries}
+                     "explanation": v.explanation, "tries": v.tries} | v.logged
                     for c, v in zip(example.rubrics, verdicts, strict=True)
                 ]  # fmt: skip
                 reward = score_response(example.rubrics, [v.met for v in verdicts])

@@ -135,8 +135,9 @@ class Grader:
         for i, logprobs in zip(rows, scores, strict=True):
             for c, odds in enumerate((logprobs[:, 0] - logprobs[:, 1]).astype(float)):
                 draws = np.random.default_rng([*seed, i, c]).random(self.votes)
-                met = odds > 0 if temperature == 0 else np.median(draws) < _sigmoid(odds / temperature)
-                verdicts[i][c] = Verdict(bool(met), "", 1, 0, float(_sigmoid(odds)))
+                votes = (draws < _sigmoid(odds / temperature)).tolist() if temperature else [bool(odds > 0)]
+                met = 2 * sum(votes) > len(votes)
+                verdicts[i][c] = Verdict(met, "", 1, 0, float(_sigmoid(odds)), votes=votes)
         return verdicts
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:

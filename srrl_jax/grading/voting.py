@@ -21,6 +21,7 @@ class Verdict(NamedTuple):
       probability: that it is met: the model's own, where replies are not written out, else the share
         of the votes; None where `met` is.
       gap: what 8 bits changed in the first reply about it, where that was measured.
+      votes: what each readable reply, or each draw, said.
     """
 
     met: bool | None
@@ -29,6 +30,12 @@ class Verdict(NamedTuple):
     tokens: float
     probability: float | None = None
     gap: Gap | None = None
+    votes: Sequence[bool] = ()
+
+    @property
+    def logged(self) -> dict[str, list[bool]]:
+        """The votes, for a log, where they are more than the verdict."""
+        return {"votes": list(self.votes)} if len(self.votes) > 1 else {}
 
 
 class Reply(NamedTuple):
@@ -52,13 +59,14 @@ class _Votes:
 
     def verdict(self) -> Verdict:
         """The majority's, with its first explanation; a tie is unscorable."""
-        counts = Counter(met for met, _ in self.read)
+        votes = [met for met, _ in self.read]
+        counts = Counter(votes)
         if counts[True] == counts[False]:
-            return Verdict(None, "", self.tries, self.tokens, gap=self.gap)
+            return Verdict(None, "", self.tries, self.tokens, gap=self.gap, votes=votes)
         met = counts[True] > counts[False]
         explanation = next(why for vote, why in self.read if vote == met)
-        share = counts[True] / len(self.read)
-        return Verdict(met, explanation, self.tries, self.tokens, share, self.gap)
+        share = counts[True] / len(votes)
+        return Verdict(met, explanation, self.tries, self.tokens, share, self.gap, votes)
 
 
 def poll(

@@ -111,6 +111,7 @@ def sample_rows(
                     "tries": verdict.tries,
                     "tokens": verdict.tokens,
                 }
+                | verdict.logged
                 | ({"logprob_diff": verdict.gap._asdict()} if verdict.gap else {})
                 | {name: judged[i][j].verdicts[k].met for name, judged in others.items()}
                 | {

@@ -19,7 +19,7 @@ def read_labels(folder: epath.Path) -> list[dict]:
 
 
 def mark(index: Index, run: int, id: int, k: int, label: bool | None) -> dict[str, dict]:
-    """Writes down whether criterion `k` of a sample is met, in place of an earlier mark; None takes it away.
+    """Writes down whether criterion `k` of a sample is met, in place of an earlier mark; None is unsure.
 
     Returns `scores` of the marks that are there now.
     """
@@ -34,16 +34,16 @@ def mark(index: Index, run: int, id: int, k: int, label: bool | None) -> dict[st
     folder = index.runs[run].folder
     with _lock:
         rows = [old for old in read_labels(folder) if {name: old[name] for name in where} != where]
-        rows += [new] if label is not None else []
-        lines = (json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rows)
+        lines = (json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in [*rows, new])
         storage.replace(folder / "labels.jsonl", lines)
-    return scores(rows)
+    return scores([*rows, new])
 
 
 def scores(labels: list[dict]) -> dict[str, dict]:
-    """{judge: its F1 of met, of not met, their mean, and the number of marks} against the marks."""
+    """{judge: its F1 of met, of not met, their mean, and the number of marks} against marks that are sure."""
     from srrl_jax.evaluation.agreement import agreement, grader_pairs  # whose room imports JAX
 
+    labels = [row for row in labels if row["label"] is not None]
     names = dict.fromkeys(name for row in labels for name in row["judges"])
     found = {}
     for name in names:

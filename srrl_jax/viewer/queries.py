@@ -214,7 +214,12 @@ def label(index: Index, params: Params) -> dict:
         here = {"id": first["id"], "k": first["k"]}
     coming = {"id": open_ones[0]["id"], "k": open_ones[0]["k"]} if open_ones else None
     shown = sample(index, {"run": params.get("run", ""), "open": str(here["id"])}) if here else {}
-    return shown | {"here": here, "next": coming, "labelled": len(labels), "scores": scores(labels)}
+    return shown | {
+        "here": here,
+        "next": coming,
+        "labelled": sum(row["label"] is not None for row in labels),
+        "scores": scores(labels),
+    }
 
 
 QUERIES: dict[str, Callable[[Index, Params], dict]] = {

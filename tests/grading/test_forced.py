@@ -92,6 +92,10 @@ def test_constrained_draws_at_the_temperature(grader, params, items, monkeypatch
         votes = share(temperature=temperature, votes=3)
         assert np.abs(votes - (3 * expected**2 - 2 * expected**3)).max() < 5 * np.sqrt(0.25 / 300)
 
+    draws = grader(verdict="constrained", votes=3, temperature=3.0).grade(params, items[:2], KEY)
+    for verdict in [v for row in draws for v in row]:
+        assert len(verdict.logged["votes"]) == 3 and (sum(verdict.votes) > 1) == verdict.met
+
 
 def test_draws_depend_on_key_and_place_and_not_on_company(grader, params, items):
     judge = grader(temperature=3.0, verdict="constrained")

@@ -66,7 +66,7 @@ def test_every_criterion_is_one_request_of_the_whole_prompt(chat_server, teacher
     one = teacher(**config)
     rows = one.grade([item("a", "b"), item("c", response="other")], lambda *wave: told.append(wave))
     assert met(rows) == [[True, False], [True]]
-    assert rows[0][1] == Verdict(False, "why", 1, len(NO.split()), 0.0)
+    assert rows[0][1] == Verdict(False, "why", 1, len(NO.split()), 0.0, votes=[False])
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert chat_server.headers["Authorization"] == f"Bearer {KEY}"
     for body in chat_server.requests:
@@ -151,6 +151,7 @@ def test_the_majority_of_several_votes_counts(chat_server, teacher):
     (a, b) = teacher(votes=3, tries=2, concurrency=1).grade([item("a", "b")])[0]
     assert (a.met, a.tries, a.probability) == (True, 1, pytest.approx(2 / 3))
     assert (b.met, b.tries, b.probability) == (False, 2, pytest.approx(1 / 4))
+    assert (a.logged, b.logged) == ({"votes": [True, False, True]}, {"votes": [False, True, False, False]})
 
 
 def test_all_criteria_in_one_query(chat_server, teacher):
@@ -284,7 +285,7 @@ def test_no_key_is_needed_where_none_is_named(chat_server, teacher, monkeypatch)
         ("parameters: {stream: true}", r"parameters\.stream"),
         ("temprature: 1", "temprature"),
         ("api_key: sk-1", "api_key"),
-        ("timeout: [", "cannot be read"),
+        ("timeout: [", "teacher.yaml:4: not valid YAML"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, line, message):

@@ -174,9 +174,10 @@ function criterion(item, k, key, labels, id, params) {
       h("a.plain", { href: change({ criterion: key, page: "" }), title: "All samples with this criterion" }, item.criterion),
       h("div.judges", pill(item.verdict, item.points),
         typeof item.probability === "number" && h("span.muted", `p ${number(item.probability)}`),
+        item.votes && h("span.muted", `${item.votes.filter(Boolean).length} of ${item.votes.length} votes say met`),
         item.tries > 1 && h("span.muted", `asked ${item.tries}×`),
         others.map((judge) => h("span", { class: parts(judge) && "differ" }, `${judge} `, pill(item[judge], item.points))),
-        label !== undefined && h("span.label", `a person: ${label ? "met" : "not met"}`),
+        label !== undefined && h("span.label", `a person: ${label === null ? "unsure" : label ? "met" : "not met"}`),
         here().view !== "label" && h("a.muted", { href: link("label", { run: params.run, open: id, k }) }, "label")),
       item.explanation && h("p.why", item.explanation),
       others.filter(parts).map((judge) => item[`${judge}_explanation`] && h("p.why", h("b", `${judge}: `), item[`${judge}_explanation`]))));
@@ -253,12 +254,13 @@ async function label(params) {
     EXPORT ? "These are files: to mark verdicts, run srrl view RUN." : "Every verdict that these filters choose has a mark."));
   const { row, here: at } = data, item = row.criteria[at.k], now = data.labels[item.criterion], none = item.verdict === null;
   const onward = () => (data.next ? go(change({ open: data.next.id, k: data.next.k })) : render());
-  const put = async (right) => {
-    await post({ run: params.run || "", id: at.id, k: at.k, label: none ? right : item.verdict === right });
+  const put = async (label) => {
+    await post({ run: params.run || "", id: at.id, k: at.k, label });
     onward();
   };
-  const keys = { y: () => put(true), n: () => put(false), u: onward };
-  const button = (key, text, met) => h("button", { class: met !== undefined && now === met && "on", onclick: keys[key] }, text, h("kbd", key));
+  const marks = { y: none || item.verdict, n: !none && !item.verdict, u: null };
+  const keys = Object.fromEntries(Object.entries(marks).map(([key, label]) => [key, () => put(label)]));
+  const button = (key, text) => h("button", { class: now === marks[key] && "on", onclick: keys[key] }, text, h("kbd", key));
   const node = h("div", bar, h("div.split.opened",
     h("section", h("p.muted", `Step ${row.step}, ${row.split}, `,
       h("a", { href: link("samples", { run: params.run, open: at.id }) }, `${row.prompt_id}, sample ${row.sample}`)),
@@ -266,7 +268,7 @@ async function label(params) {
     h("section", h("div.panel.question",
       h("ul.criteria", criterion(item, at.k, data.keys[at.k], data.labels, at.id, params)),
       h("h3", none ? "The judge gave no verdict. Is it met?" : `The judge says: ${item.verdict ? "met" : "not met"}. Is that right?`),
-      h("div.buttons", button("y", none ? "Met" : "Right", none || item.verdict), button("n", none ? "Not met" : "Wrong", !none && !item.verdict),
+      h("div.buttons", button("y", none ? "Met" : "Right"), button("n", none ? "Not met" : "Wrong"),
         button("u", "Unsure"))),
     scoreTable(data))));
   return Object.assign(node, { keys });
