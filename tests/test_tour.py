@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srrl_jax import losses
+from srrl_jax import Grader, Qwen3, Sampler, losses
+from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,19 @@ def test_the_tour_trains_three_steps_and_plots(tmp_path):
 def test_the_example_of_losses_runs():
     result = doctest.testmod(losses)
     assert result.attempted > 1 and result.failed == 0
+
+
+def test_the_examples_of_model_sampler_and_grader_run():
+    """One after the other, each with the names of those before it."""
+    world = ROOT / "srrl_jax/tinyworld"
+    names = {"checkpoint": world / "checkpoint", "template": str(world / "grader.txt")}
+    names["tokenizer"] = load_tokenizer(names["checkpoint"])
+    runner = doctest.DocTestRunner()
+    for thing in (Qwen3, Sampler, Grader):
+        test = doctest.DocTestParser().get_doctest(thing.__doc__, names, thing.__name__, None, None)
+        assert len(test.examples) > 4
+        assert runner.run(test, clear_globs=False).failed == 0
+        names |= test.globs
 
 
 @pytest.mark.slow

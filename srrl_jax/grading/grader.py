@@ -36,6 +36,21 @@ class Grader:
       thinking: passed on to the chat template.
       votes: replies (draws) for each criterion, of which the majority counts; odd.
       together: ask for all criteria of a response in one query.
+
+    How likely a `Qwen3` finds it that a response meets a criterion, with its `tokenizer`:
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from srrl_jax.grading import Grader, GradingItem, JudgeConfig
+    >>> from srrl_jax.rubrics import Criterion
+    >>> from srrl_jax.sampling import Sampler
+    >>> item = GradingItem([{"role": "user", "content": "hello"}], "hi there", [Criterion("greets back", 5)])
+    >>> grader = Grader.at(JudgeConfig(template=template, verdict="logits"), tokenizer)  # or "shared"
+    >>> rows, shared = grader.lengths([item])
+    >>> grader.sampler = Sampler(model, rows, new_tokens=1, stop_ids=tokenizer.stop_ids, shared=shared)
+    >>> ((verdict,),) = grader.grade(nnx.state(model), [item], jax.random.key(0))
+    >>> 0 <= verdict.probability <= 1
+    True
     """
 
     def __init__(

@@ -105,6 +105,13 @@ class Qwen3(nnx.Module):
       dtype: of activations and matrix products; norms, softmax and log-sum-exp stay in float32.
 
     Attribute `attention` names the kernel: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
+
+    >>> import jax
+    >>> from srrl_jax import Qwen3
+    >>> model = Qwen3.from_pretrained(checkpoint)  # a directory, or a hub id such as "Qwen/Qwen3-0.6B"
+    >>> logits = jax.jit(Qwen3.__call__)(model, jax.numpy.array([[5, 6, 7]]))
+    >>> logits.shape == (1, 3, model.config.vocab_size)
+    True
     """
 
     attention = "auto"

@@ -84,6 +84,17 @@ class Sampler:
         prefilled with the weights as they are.
     Raises:
       InputError: more tokens than the model has positions, or than the memory holds.
+
+    Two completions of one prompt, by a `Qwen3`:
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from srrl_jax.sampling import RowLengths, Sampler
+    >>> prompt = [5, 6, 7]
+    >>> sampler = Sampler(model, [RowLengths(len(prompt), [0, 0])], new_tokens=4, stop_ids=[2])
+    >>> groups = sampler.generate(nnx.state(model), [prompt], [[[], []]], jax.random.key(0))
+    >>> [len(completion.tokens) <= 4 for completion in groups[0]]
+    [True, True]
     """
 
     def __init__(
