@@ -34,7 +34,7 @@ def read_status(run_dir: str | Path, now: datetime | None = None) -> dict[str, A
     config = storage.read_yaml(folder / "config.yaml")
     metrics, timings, events = (_tail(folder / f"{name}.jsonl") for name in ("metrics", "timings", "events"))
     path, trackers = folder / "progress.json", folder / "trackers.json"
-    progress = json.loads(path.read_text()) if path.exists() else None
+    progress = _json(path) or None
     done, steps = (metrics[-1]["step"] if metrics else 0), config["steps"]
     totals = [
         sum(v for k, v in row.items() if k.startswith("time/") and k != "time/compile") for row in timings
@@ -56,7 +56,7 @@ def read_status(run_dir: str | Path, now: datetime | None = None) -> dict[str, A
         "latest": {key: value for key, value in latest.items() if key != "step"},
         "events": [event for event in events if event["event"] not in ("start", "resume")][-5:],
         "checkpoints": _checkpoints(folder),
-        "trackers": json.loads(trackers.read_text()) if trackers.exists() else {},
+        "trackers": _json(trackers),
     }
 
 
@@ -112,6 +112,14 @@ def _state(
 def _tail(log: epath.Path) -> list[dict]:
     parts = storage.parts(log)[-_TAIL:]  # in a store each is a step
     return [row for part in parts for row in iter_jsonl(part)][-_TAIL:]
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    """What a run keeps in a file of JSON; {} where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); delete it") from None
 
 
 def _checkpoints(folder: epath.Path) -> list[int]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import yaml
+from etils import epath
 
 from srrl_jax import storage
 from srrl_jax.actor import Actor
@@ -23,7 +24,7 @@ from srrl_jax.parallel import gather
 from srrl_jax.programs import Program
 from srrl_jax.rubrics import Example
 from srrl_jax.sampling import RowLengths
-from srrl_jax.telemetry import read_jsonl
+from srrl_jax.telemetry import iter_jsonl, read_jsonl
 from srrl_jax.telemetry.trackers import find_tracker
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
@@ -57,7 +58,8 @@ def check_run(config: TrainConfig) -> list[str]:
       The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
       InputError: the directory cannot be written, or it holds a run of another recipe (the message
-        shows the keys that differ) or one that is longer; or a tracker's library is missing.
+        shows the keys that differ), one that is longer or one that has lost its checkpoints; or a
+        tracker's library is missing.
     """
     run_dir = storage.locate(config.run_dir)
     if config.profiled and storage.is_remote(run_dir):
@@ -70,6 +72,7 @@ def check_run(config: TrainConfig) -> list[str]:
         find_tracker(name)
     old, _, done = _begun(config)
     if not done:
+        _check_logs(config, run_dir)
         return []
     differences = list(_differences(old, config.to_dict()))
     refused = [text for key, text in differences if not {key, key.split(".")[0]} & {*_MAY_CHANGE}]
@@ -81,6 +84,19 @@ def check_run(config: TrainConfig) -> list[str]:
     if config.steps < done:
         raise InputError(f"steps: {run_dir} has done {done} already, more than {config.steps}")
     return [text for key, text in differences if key != "run_dir"]
+
+
+def _check_logs(config: TrainConfig, run_dir: epath.Path) -> None:
+    """Refuses to begin anew, which empties the logs, where checkpoints have been and are no more."""
+    path = run_dir / "config.yaml"
+    if path.exists() and storage.parts(run_dir / "metrics.jsonl"):
+        every = storage.read_yaml(path).get("checkpoint", {}).get("every", config.checkpoint.every)
+        last = max((row["step"] for row in iter_jsonl(run_dir / "metrics.jsonl")), default=0)
+        if last > 2 * every:  # the second is not begun before the first is complete
+            raise InputError(
+                f"{run_dir}: has logs of {last} steps, but no checkpoint to go on from, and to begin anew "
+                "would delete them. Put the checkpoints back, or give another run_dir"
+            )
 
 
 def check_identity(config: TrainConfig, identity: Mapping[str, str]) -> list[str]:

@@ -80,6 +80,12 @@ def test_a_finished_run_says_so(run_dir):
     assert "10 of 10 (100%)" in shown and "left" not in shown
 
 
+def test_a_broken_file_is_named(run_dir):
+    (run_dir / "progress.json").write_text("{")
+    with pytest.raises(InputError, match=r"progress.json: not JSON .*; delete it"):
+        found(run_dir)
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="no run is here"):
         read_status(tmp_path)

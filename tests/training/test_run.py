@@ -98,6 +98,17 @@ def test_a_broken_config_of_a_run_is_told_in_one_line(recipe, begun, text, said)
     assert "another run_dir" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_run_that_has_lost_its_checkpoints_does_not_lose_its_logs(recipe, tmp_path):
+    config = recipe(tmp_path, "checkpoint.every=2")
+    write_config(config)
+    lines = [json.dumps({"step": step}) + "\n" for step in range(6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:5]))  # the first could not be written
+    assert check_run(config) == []
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with pytest.raises(InputError, match="has logs of 5 steps, but no checkpoint"):
+        check_run(config)
+
+
 def test_a_moved_run_goes_on_where_it_is(recipe, begun, tmp_path):
     moved = begun.rename(tmp_path.parent / f"{tmp_path.name}-moved")
     assert check_run(recipe(moved, "steps=4")) == []
