@@ -68,7 +68,7 @@ def main() -> None:
         return lambda: sampler.generate(params, ids, [[[]] * args.group] * args.prompts, jax.random.key(0))
 
     short, long = (milliseconds(generate(new)) for new in (args.new // 2, args.new))
-    roof = Roofline(args.ckpt)
+    roof = Roofline(args.ckpt, args.dtype)
     steps = args.new - args.new // 2
     least = roof.decode(branches, args.prompts, args.prompt_len, args.new // 2, steps) / steps
     report(

@@ -63,7 +63,7 @@ def main() -> None:
             **stopping,
         )
         return
-    roof, branches = Roofline(args.ckpt), prompts * args.group
+    roof, branches = Roofline(args.ckpt, args.dtype), prompts * args.group
     least = roof.prefill(prompts * args.prompt_len, args.prompt_len / 2, prompts)
     least += roof.decode(branches, prompts, args.prompt_len, 0, args.new - 1)
     report(

@@ -42,7 +42,7 @@ def main() -> None:
             sampler.score(params, prefixes, suffixes, [2, 3])
 
     times = measure(run, args.reps)
-    roof, verdicts = Roofline(args.ckpt), args.conversations * args.criteria
+    roof, verdicts = Roofline(args.ckpt, args.dtype), args.conversations * args.criteria
     least = roof.prefill(args.conversations * args.prefix_len, args.prefix_len / 2, 0)
     context = args.prefix_len + args.suffix_len / 2
     least += roof.prefill(verdicts * args.suffix_len, context, verdicts)

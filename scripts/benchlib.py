@@ -50,10 +50,11 @@ def measure(run, reps: int) -> dict[str, float]:
 class Roofline:
     """Least seconds of a workload here: distinct tokens only, at the product peak and read bandwidth.
 
-    Both are measured now: float32 products of 2048 x 2048, and the sum of 512 MiB.
+    Both are measured now, in the type of the weights: products of random squares (2048 wide on a CPU, 8192
+    elsewhere), and the sum of 512 MiB of float32 (4 GiB).
     """
 
-    def __init__(self, ckpt: str):
+    def __init__(self, ckpt: str, dtype: str):
         import jax
         import jax.numpy as jnp
 
@@ -64,12 +65,15 @@ class Roofline:
         self.layers, self.kv_weights = layers, 2 * hidden * kv
         self.body = layers * (hidden * (2 * heads * c["head_dim"] + 3 * ffn) + self.kv_weights)
         self.head = c["vocab_size"] * hidden
-        self.key_bytes = layers * 2 * kv * 4
+        self.size = jnp.dtype(dtype).itemsize
+        self.key_bytes = layers * 2 * kv * self.size
 
-        a, big = jnp.ones((2048, 2048)), jnp.ones(2**27)
+        on_cpu = jax.default_backend() == "cpu"
+        width, count = (2048, 2**27) if on_cpu else (8192, 2**30)
+        a, big = jax.random.normal(jax.random.key(0), (width, width), dtype), jnp.ones(count)
         product, total = jax.jit(lambda x: x @ x), jax.jit(jnp.sum)
-        self.gemm = 2 * 2048**3 / _best(lambda: product(a).block_until_ready())
-        self.bandwidth = 2**29 / _best(lambda: total(big).block_until_ready())
+        self.gemm = 2 * width**3 / _best(lambda: product(a).block_until_ready())
+        self.bandwidth = 4 * count / _best(lambda: total(big).block_until_ready())
 
     def forward(self, tokens: int, context: float, heads: int) -> float:
         """FLOPs of `tokens` with a mean `context`, `heads` of them unembedded."""
@@ -89,7 +93,7 @@ class Roofline:
         for step in range(steps):
             flops = self.forward(rows, shared + own + step, rows)
             keys = shared_rows * shared + rows * (own + step)
-            read = 4 * (self.body + self.head) + keys * self.key_bytes
+            read = self.size * (self.body + self.head) + keys * self.key_bytes
             total += max(flops / self.gemm, read / self.bandwidth)
         return total
 
@@ -105,6 +109,12 @@ def _best(run, reps: int = 5) -> float:
 
 
 def report(bench: str, **values) -> None:
-    """One JSON line."""
+    """One JSON line, with the card and the most of its memory that was in use."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        values |= {"device": device.device_kind, "peak_gb": peak / 1e9}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
     print(json.dumps({"bench": bench} | rounded), flush=True)

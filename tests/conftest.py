@@ -6,6 +6,7 @@ import re
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -19,6 +20,8 @@ from fsspec.registry import _registry as fsspec_registry
 # JAX reads it when it is imported. Programs of earlier sessions are not seen.
 PROGRAMS = "srrl-test-programs-"
 if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
+    # Newer releases end the process at a flag that they no longer know.
+    _old = "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
     _programs = tempfile.TemporaryDirectory(prefix=PROGRAMS)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": _programs.name,
@@ -26,8 +29,7 @@ if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
         # And hardly optimized, which takes a third of the time; see `full_compile`.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         # By one thread: as many workers as cores compile at one time.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_old} --xla_cpu_parallel_codegen_split_count=1",
     }
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

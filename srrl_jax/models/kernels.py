@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models.attention import Segment
+from srrl_jax.models.attention import NEVER, Segment
 from srrl_jax.parallel import mesh_axes
 
 _LANES = 128  # splash: lengths are multiples of it
@@ -73,18 +73,25 @@ def splash(q: jax.Array, segments: list[Segment], interpret: bool = False) -> ja
 
 
 def cudnn(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") -> jax.Array:
-    """`attend` by cuDNN, for any masks; bfloat16 or float16. Its mask is an array [N, B T, keys].
+    """`attend` by cuDNN, forward and backward; bfloat16 or float16.
+
+    The last segment is the queries' own tokens, seen causally; its mask may be [N, B, 1, T], of those
+    that are not padding on the right. Alone it is met by its lengths; with others by a mask, an array
+    [N, B T, keys].
 
     `implementation` "xla" computes the same call without a GPU.
     """
     n, b, t, h, d = q.shape
+    own = segments[-1]
+    if len(segments) == 1 and own.mask.shape[2] == 1:
+        return _cudnn_own(q, own, implementation)[0].reshape(n, b, t, h * d)
     masks = []
     for s in segments:
-        own, size = s.k.shape[2:4]
-        mask = jnp.broadcast_to(s.mask, (n, b, t, size))[:, :, :, None]  # [N, B, T, own, S]
-        if own > 1:
-            mask = mask & jnp.eye(own, dtype=bool)[None, :, None, :, None]
-        masks.append(mask.reshape(n, b * t, own * size))
+        branches, size = s.k.shape[2:4]
+        mask = jnp.broadcast_to(_causal(s.mask) if s is own else s.mask, (n, b, t, size))[:, :, :, None]
+        if branches > 1:  # [N, B, T, branches, S]
+            mask = mask & jnp.eye(branches, dtype=bool)[None, :, None, :, None]
+        masks.append(mask.reshape(n, b * t, branches * size))
     k, v = (x.transpose(0, 2, 1, 3) for x in _flat(segments))
     out = jax.nn.dot_product_attention(
         q.reshape(n, b * t, h, d),
@@ -94,6 +101,60 @@ def cudnn(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") 
         implementation=implementation,
     )
     return out.reshape(n, b, t, h * d)
+
+
+def cudnn_forward(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") -> jax.Array:
+    """`cudnn` for a forward pass alone: each segment is met for itself, the earlier ones by their lengths.
+
+    The parts are merged by their log-sum-exp, through which no gradient flows.
+    """
+    n, b, t, h, d = q.shape
+    *context, own = segments
+    out, logs = _cudnn_own(q, own, implementation)
+    parts = [(out.reshape(n, b * t, h, d), logs.reshape(n, b * t, h))]
+    for s in context:
+        lengths = jnp.broadcast_to(s.mask.sum((1, 2, 3)), n)
+        k, v = (x[:, :, 0].transpose(0, 2, 1, 3) for x in (s.k, s.v))
+        out, logs = jax.nn.dot_product_attention(
+            q.reshape(n, b * t, h, d),
+            k,
+            v,
+            query_seq_lengths=jnp.full(n, b * t),
+            key_value_seq_lengths=jnp.maximum(lengths, 1),
+            return_residual=True,
+            implementation=implementation,
+        )
+        parts.append((out, jnp.where(lengths[:, None, None] > 0, logs, NEVER)))
+    top = functools.reduce(jnp.maximum, [logs for _, logs in parts])
+    weights = [jnp.exp(logs - top)[..., None] for _, logs in parts]
+    out = sum(w * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts, strict=True)) / sum(weights)
+    return out.astype(q.dtype).reshape(n, b, t, h * d)
+
+
+def _cudnn_own(q: jax.Array, own: Segment, implementation: str) -> tuple[jax.Array, jax.Array]:
+    """Branches over their own tokens: [N B, T, H, D], and the log-sum-exp float32 [N B, T, H]."""
+    n, b, t, h, d = q.shape
+    k, v = (x.transpose(0, 2, 3, 1, 4).reshape(n * b, t, -1, d) for x in (own.k, own.v))
+    real = jnp.broadcast_to(own.mask, (n, b, *own.mask.shape[2:])).reshape(n * b, -1, t)
+    q = q.reshape(n * b, t, h, d)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, return_residual=True, implementation=implementation
+    )
+    if real.shape[1] > 1:
+        return attend(q, k, v, mask=real[:, None])
+    lengths = jnp.maximum(real.sum((1, 2)), 1)
+    # Beyond the lengths nothing is written, neither results nor gradients: what lies there may be no number.
+    written = (jnp.arange(t) < lengths[:, None])[..., None, None]
+    q, k, v = (jnp.where(written, x, 0) for x in (q, k, v))
+    out, logs = attend(q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    return jnp.where(written, out, 0), jnp.where(written[..., 0], logs, 0)
+
+
+def _causal(mask: jax.Array) -> jax.Array:
+    """[N, B, T, T] of a mask [N, B, 1, T]; another stays."""
+    if mask.shape[2] > 1 or mask.shape[3] == 1:
+        return mask
+    return mask & jnp.tril(jnp.ones((mask.shape[3],) * 2, bool))
 
 
 def _flat(segments: list[Segment]) -> tuple[jax.Array, jax.Array]:
@@ -155,4 +216,8 @@ def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:
     )  # fmt: skip
 
 
-KERNELS = {"splash": functools.partial(over_mesh, splash), "cudnn": functools.partial(over_mesh, cudnn)}
+KERNELS = {
+    "splash": functools.partial(over_mesh, splash),
+    "cudnn": functools.partial(over_mesh, cudnn),
+    "cudnn_forward": functools.partial(over_mesh, cudnn_forward),
+}

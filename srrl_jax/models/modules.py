@@ -3,6 +3,8 @@
 Weights are stacked on leading axes `stack`: () alone, (layers,), or (layers, experts).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,11 +76,31 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+def join(linears: Sequence[Linear], groups: int) -> Linear:
+    """One map in place of several that have the same input and no adapters: a product of them all.
+
+    Its outputs lie in `groups`: in each, that share of the first map's outputs, then of the second's.
+    """
+    whole = nnx.merge(*nnx.split(linears[-1]))  # keeps its axes
+
+    def joined(variables):
+        parts = [v[...].reshape(groups, -1, *v.shape[1:]) for v in variables]
+        value = jnp.concatenate(parts, axis=1)
+        return variables[-1].replace(value.reshape(-1, *value.shape[2:]))
+
+    whole.weight = joined([linear.weight for linear in linears])
+    if whole.bias is not None:
+        whole.bias = joined([linear.bias for linear in linears])
+    return whole
+
+
 def _parameter(init, stack, sizes, axes) -> nnx.Param:
     return nnx.Param(init((*stack, *sizes)), axes=("layers", "experts")[: len(stack)] + tuple(axes))
 
 
 class MLP(nnx.Module):
+    """Gated by SiLU. After `join`, `gate_proj` computes both the gate and what it gates."""
+
     def __init__(self, hidden: int, intermediate: int, stack: tuple[int, ...], *, rngs: nnx.Rngs):
         up, down = (intermediate, hidden), (hidden, intermediate)
         self.gate_proj = Linear(stack, up, ("mlp", "embed"), rngs=rngs)
@@ -86,4 +108,15 @@ class MLP(nnx.Module):
         self.down_proj = Linear(stack, down, ("embed", "mlp"), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        if self.up_proj is None:
+            pairs = gate.reshape(*gate.shape[:-1], -1, 2)
+            gate, up = pairs[..., 0], pairs[..., 1]
+        else:
+            up = self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+    def join(self) -> None:
+        if self.gate_proj.adapter is None and self.up_proj.adapter is None:
+            self.gate_proj = join([self.gate_proj, self.up_proj], self.gate_proj.weight.shape[0])
+            self.up_proj = nnx.data(None)

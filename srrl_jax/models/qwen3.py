@@ -21,7 +21,7 @@ from flax import nnx
 from srrl_jax.errors import InputError
 from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.modules import MLP, Linear, Scale, project
+from srrl_jax.models.modules import MLP, Linear, Scale, join, project
 from srrl_jax.models.moe import MoE
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
@@ -40,7 +40,7 @@ Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 class Attention(nnx.Module):
     def __init__(self, c: Qwen3Config, stack: tuple[int, ...], *, rngs: nnx.Rngs):
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.head_dim = c.head_dim
+        self.head_dim, self.kv_heads = c.head_dim, c.num_key_value_heads
         self.q_proj = Linear(stack, (q, c.hidden_size), ("heads", "embed"), c.qkv_bias, rngs=rngs)
         self.k_proj = Linear(stack, (kv, c.hidden_size), ("kv_heads", "embed"), c.qkv_bias, rngs=rngs)
         self.v_proj = Linear(stack, (kv, c.hidden_size), ("kv_heads", "embed"), c.qkv_bias, rngs=rngs)
@@ -55,6 +55,19 @@ class Attention(nnx.Module):
             q = self.q_norm(q)
         y, kept = look(rotate(q, cos, sin), *self.keys_values(x, cos, sin))
         return self.o_proj(y), kept
+
+    def join(self) -> None:
+        """Makes `q_proj` compute queries, keys and values in one product, for `grouped_heads` alone."""
+        linears = [self.q_proj, self.k_proj, self.v_proj]
+        if all(linear.adapter is None for linear in linears):
+            self.q_proj = join(linears, self.kv_heads)
+            self.k_proj = self.v_proj = nnx.data(None)
+
+    def grouped_heads(self, x) -> jax.Array:
+        """Neither normed nor rotated, [N, B, T, K, G + 2, D]: the G queries of a key, the key, the value."""
+        parts = [linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]
+        shape = (*x.shape[:-1], self.kv_heads, -1, self.head_dim)
+        return jnp.concatenate([part.reshape(shape) for part in parts], axis=-2)
 
     def keys_values(self, x, cos, sin) -> tuple[jax.Array, jax.Array]:
         """Each [N, B, T, K, D]."""
@@ -83,13 +96,18 @@ class Layer(nnx.Module):
     def __call__(self, x, mask, cos, sin, look: Look):
         """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
         y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look)
+        x, load = self.after_attention(x, y, mask)
+        return x, kept, load
+
+    def after_attention(self, x, y, mask):
+        """The new x, given what attention makes of it, `y`; and the load of the experts."""
         x = x + _scattered(y)
         y = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):  # which gathers tokens and rows at once
             y, load = self.mlp(y, mask)
         else:
             y, load = _scattered(self.mlp(_gathered(y))), None
-        return x + y, kept, load
+        return x + y, load
 
     def keys_values(self, x, cos, sin) -> tuple[jax.Array, jax.Array]:
         """Those of its attention alone, each [N, B, T, K, D]."""
@@ -161,7 +179,8 @@ class Qwen3(nnx.Module):
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        x, _, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None])
+        owners = mask[:, None].astype(jnp.int32)  # as padding may lie on the left
+        x, _, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None], owners=owners)
         return self.logits(x[:, 0])
 
     def extend(
@@ -173,6 +192,7 @@ class Qwen3(nnx.Module):
         remat: str = "none",
         owners: jax.Array | None = None,
         states: bool = True,
+        forward_only: bool = False,
     ):
         """Runs tokens that continue a context: the one path of prefill and training.
 
@@ -186,6 +206,7 @@ class Qwen3(nnx.Module):
             everything; "dots", all but the products with weights.
           owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
             sequences may so lie one behind the other in a branch. Splash wants one in each.
+          forward_only: no gradient will be asked for.
           states: false where keys and values are all that is wanted: the last layer computes nothing else.
         Returns:
           Final hidden states after the last norm [N, B, T, hidden], or None; the new tokens' keys and values,
@@ -203,11 +224,15 @@ class Qwen3(nnx.Module):
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
         own_mask = mask[:, :, None, :]
-        if kernel != "splash":  # which needs no square of the length to know the order
+        # Kernels need no square of the length to know the order.
+        if kernel == "xla" or (kernel == "cudnn" and (owners is not None or c.windows is not None)):
             steps = jnp.arange(tokens.shape[-1])
             own_mask = own_mask & (steps[:, None] >= steps[None, :])
             if owners is not None:
                 own_mask &= owners[..., :, None] == owners[..., None, :]
+
+        if kernel == "cudnn" and forward_only and c.windows is None:
+            kernel = "cudnn_forward"
 
         def run(x, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""

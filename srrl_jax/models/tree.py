@@ -55,7 +55,7 @@ def extend_shared(model: Qwen3, tokens: jax.Array) -> Segment:
     """The keys and values of tokens int32 [T] that every prefix begins with."""
     positions = jnp.arange(tokens.size)[None, None]
     mask = jnp.ones(positions.shape, bool)
-    _, (k, v), _ = model.extend(tokens[None, None], positions, mask, states=False)
+    _, (k, v), _ = model.extend(tokens[None, None], positions, mask, states=False, forward_only=True)
     return Segment(k, v, mask[:, :, None], positions)
 
 
@@ -65,18 +65,18 @@ def extend_prefix(model: Qwen3, tree: TreeBatch, remat: str = "none"):
     Returns:
       The last hidden state [N, hidden], what its branches attend to, and the experts' load.
     """
-    hidden, segment, load = _prefix(model, tree, None, remat, states=True)
+    hidden, segment, load = _prefix(model, tree, None, remat, states=True, forward_only=False)
     return _at(hidden, tree.prefix_lengths[:, None] - 1)[:, 0], segment, load
 
 
-def _prefix(model: Qwen3, tree, shared: Segment | None, remat: str, states: bool):
+def _prefix(model: Qwen3, tree, shared: Segment | None, remat: str, states: bool, forward_only: bool):
     n, p = tree.prefix.shape
     mask = _within(tree.prefix_lengths, p)[:, None]
     start = 0 if shared is None else shared.k.shape[-2]
     positions = jnp.broadcast_to(start + jnp.arange(p), (n, 1, p))
     context = [] if shared is None else [shared]
     hidden, (k, v), load = model.extend(
-        tree.prefix[:, None], positions, mask, context, remat=remat, states=states
+        tree.prefix[:, None], positions, mask, context, remat, states=states, forward_only=forward_only
     )
     return hidden, Segment(k, v, mask[:, :, None], positions), load
 
@@ -104,7 +104,7 @@ def prefill(
       Keys and values of the prefixes, and of the lanes (None without any); with `states` the final hidden
       state [N, B, hidden] of each branch's last token in its lane, of its prefix where it has none there.
     """
-    hidden, prefix, _ = _prefix(model, batch, shared, "none", states)
+    hidden, prefix, _ = _prefix(model, batch, shared, "none", states, forward_only=True)
     (n, b), last = batch.lengths.shape, None
     if states:
         last = _at(hidden, jnp.maximum(batch.prefix_lengths - 1, 0)[:, None])
@@ -118,7 +118,7 @@ def prefill(
     positions = start + batch.prefix_lengths[:, None, None] + place - begin.reshape(batch.lanes.shape)
     context = [prefix] if shared is None else [shared, prefix]
     hidden, (k, v), _ = model.extend(
-        batch.lanes, positions, real, context, owners=batch.owners, states=states
+        batch.lanes, positions, real, context, owners=batch.owners, states=states, forward_only=True
     )
     if states:
         ends = batch.first + jnp.maximum(batch.lengths - 1, 0)

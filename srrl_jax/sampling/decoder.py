@@ -11,9 +11,11 @@ from flax import nnx
 
 from srrl_jax.models.attention import NEVER, near, platform
 from srrl_jax.models.int8 import Int8, quantize
+from srrl_jax.models.modules import MLP
 from srrl_jax.models.qwen3 import Qwen3, layer_runs, take_layers
 from srrl_jax.models.rope import rope
 from srrl_jax.parallel import constrain
+from srrl_jax.sampling import gpu_attention
 
 KEY_BLOCK = 512  # tokens of a cache that are met at a time where that saves reading the rest
 
@@ -64,14 +66,18 @@ def pick(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda part, i: part[i])(parts, index).reshape(shards * count, *x.shape[1:])
 
 
+def layers_lie_apart() -> bool:
+    """On CPUs and GPUs: XLA would copy each layer's slice of stacked weights and caches at each token."""
+    return platform() != "tpu"
+
+
 def stacks_of(has_experts: Sequence[bool]) -> list[tuple[bool, slice, slice]]:
     """How layers are stacked to decode: whether of experts; which of their kind, and of all, they are.
 
-    On a CPU each layer lies apart and is compiled for itself: XLA would there copy each layer's slice of
-    stacked weights and caches. Elsewhere equal layers in a row are scanned over.
+    Where layers lie apart each is compiled for itself; elsewhere equal layers in a row are scanned over.
     """
     runs = list(layer_runs(has_experts))
-    if platform() != "cpu":
+    if not layers_lie_apart():
         return runs
     return [
         (experts, slice(i, i + 1), slice(j, j + 1))
@@ -87,6 +93,8 @@ class Decoder(nnx.Module):
     Args:
       int8: keep the weights of attention and dense MLPs in 8 bits, with a scale for each output; the
         embedding, the head, norms, routers and experts are as they are without.
+
+    Where the kernels of `gpu_attention` compute, products of the same input are joined.
     """
 
     def __init__(self, model: Qwen3, int8: bool = False):
@@ -106,13 +114,17 @@ class Decoder(nnx.Module):
             is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
             return nnx.merge(graphdef, jax.tree.map(take, state, is_leaf=is_leaf))
 
-        self.config, self.dtype, self.apart = model.config, model.dtype, platform() == "cpu"
+        self.config, self.dtype, self.apart = model.config, model.dtype, layers_lie_apart()
         self.embed_tokens, self.norm = part(model.embed_tokens), part(model.norm)
         self.lm_head = None if model.lm_head is None else part(model.lm_head)
         self.stacks = nnx.List(
             part(model.moe_layers if experts else model.layers, of_kind)
             for experts, of_kind, _ in stacks_of(model.config.has_experts)
         )
+        for layer in self.stacks if gpu_attention.computes(self.config) else ():
+            layer.self_attn.join()
+            if isinstance(layer.mlp, MLP):
+                layer.mlp.join()
         for stack in self.stacks if int8 else ():
             for linear in stack.projections().values():
                 linear.quantize()
@@ -136,8 +148,18 @@ class Decoder(nnx.Module):
         x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens]
         x = constrain(x.astype(self.dtype)[:, None, None], "batch", None, None, None)
         cos, sin = rope(branches.positions[:, None, None], c.head_dim, c.rope_theta, c.rope_scaling)
-
         start = shared.v[0].shape[-2] if shared.v else 0
+        by_kernel = not isinstance(branches.kv.k[0], Int8) and gpu_attention.computes(c)
+        places = gpu_attention.Places(
+            cos[:, 0, 0],
+            sin[:, 0, 0],
+            prefixes.lengths,
+            prefixes.slots,
+            branches.cells,
+            jnp.where(alive, branches.lengths, 0),
+            branches.end[None] % branches.kv.v[0].shape[-2],
+        )
+
         n, p = prefixes.lengths.size, prefixes.kv.v[0].shape[-2]
         at = pick(branches.positions, prefixes.slots).reshape(n, -1)  # of the query in each cell [N, B]
         in_prefix = jnp.broadcast_to((jnp.arange(p) < prefixes.lengths[:, None])[:, None], (*at.shape, p))
@@ -177,12 +199,25 @@ class Decoder(nnx.Module):
             x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
             return x, written[0]
 
+        @jax.jit  # so that equal layers are lowered once
+        def run_on_gpu(layer, x, own: KeysValues, prefix: tuple, trunk: tuple):
+            layer = nnx.merge(*layer)
+            attention = layer.self_attn
+            heads = attention.grouped_heads(layer.input_layernorm(x))[:, 0, 0]
+            norms = (norm and norm.weight[...] for norm in (attention.q_norm, attention.k_norm))
+            new = gpu_attention.NewToken(heads, *norms)
+            y, own = gpu_attention.attend(new, tuple(own), prefix, trunk, places, eps=c.rms_norm_eps)
+            y = attention.o_proj(y.reshape(*x.shape[:3], -1))
+            return layer.after_attention(x, y, alive[:, None, None])[0], KeysValues(*own)
+
         windows, caches = None if c.windows is None else np.asarray(c.windows), []
         for i, (_, _, of_all) in enumerate(stacks_of(c.has_experts)):
             own, prefix = (KeysValues(kv.k[i], kv.v[i]) for kv in (branches.kv, prefixes.kv))
             trunk = (shared.k[i], shared.v[i]) if start else ()
             window = None if windows is None else windows[of_all]
-            if self.apart:
+            if by_kernel:
+                x, own = run_on_gpu(nnx.split(self.stacks[i]), x, own, tuple(prefix), trunk)
+            elif self.apart:
                 x, own = run(self.stacks[i], x, own, prefix, trunk, None if window is None else window[0])
             else:
                 graphdef, weights = nnx.split(self.stacks[i])

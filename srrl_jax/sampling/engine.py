@@ -27,13 +27,22 @@ from srrl_jax.sampling.decoder import (
     Decoder,
     KeysValues,
     PrefixCache,
+    layers_lie_apart,
     pick,
     stacks_of,
 )
 from srrl_jax.sampling.shapes import Shapes
 from srrl_jax.sampling.tokens import choose
 
+# Of decoding, whose products that share an input are joined already: cuBLAS's were measured to be faster for
+# few rows than the kernels that XLA makes, which leave sums of parts to others.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 ANY_KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def look_every() -> int:
+    """Tokens between two looks at whether any slot is alive: a GPU's host would have to wait for each."""
+    return 8 if platform() == "gpu" else 1
 
 
 class DecodeState(NamedTuple):
@@ -170,7 +179,7 @@ def make_programs(
         everywhere = NamedSharding(mesh, P())
         heads = mesh_axes("kv_heads", config.num_key_value_heads) or None
         whole = NamedSharding(mesh, P(None, None, heads))
-        cached_whole = NamedSharding(mesh, P(None, heads)) if platform() == "cpu" else whole
+        cached_whole = NamedSharding(mesh, P(None, heads)) if layers_lie_apart() else whole
         shared_places = (
             Segment(whole, whole, everywhere, everywhere),
             KeysValues(cached_whole, cached_whole),
@@ -186,6 +195,7 @@ def make_programs(
             static_argnames="width",
             out_shardings=None if mesh is None else (everywhere, places),
             donate_argnums=2,
+            compiler_options=None if int8[0] or platform() != "gpu" else _GPU_OPTIONS,
         ),
         score=jax.jit(score),
         places=places,
@@ -209,7 +219,7 @@ def _cached(x: jax.Array, axis: int, dtype: jnp.dtype, int8: bool) -> Cache:
 
 def _stacked(config: Qwen3Config, k: Cache, v: Cache) -> KeysValues:
     """Keys and values [layers, ...] in the stacks of a `Decoder`."""
-    apart = platform() == "cpu"
+    apart = layers_lie_apart()
 
     def stacks(cache):
         places = [run.start if apart else run for _, _, run in stacks_of(config.has_experts)]
@@ -298,9 +308,20 @@ def _admit(
         new = pick(new, jnp.maximum(index, 0))
         return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    def scatter(index, new, old):
+        """`place`, written where it goes: a GPU would else copy all of the caches for each prefill."""
+
+        def one_shard(index, new, old):
+            goes = jnp.full(len(new), len(old)).at[jnp.where(index < 0, len(new), index)]
+            goes = goes.set(jnp.arange(len(old)), mode="drop")
+            return old.at[goes].set(new, mode="drop", unique_indices=True)
+
+        new, parts = (x.reshape(len(index), -1, *x.shape[1:]) for x in (new, old))
+        return jax.vmap(one_shard)(index, new, parts).reshape(old.shape)
+
     def put(index, k, v, old: KeysValues) -> KeysValues:
         """Keys and values [layers, n, K, T, D]."""
-        one = partial(place, index)
+        one = partial(scatter if platform() == "gpu" else place, index)
         new = _stacked(config, cached(k.swapaxes(-1, -2), axis=-2), cached(v, axis=-1))
         return jax.tree.map(lambda x, y: one(x, y) if x.ndim == 4 else jax.vmap(one)(x, y), new, old)
 
@@ -393,7 +414,11 @@ def _decode(
         jnp.zeros((size, chunk), jnp.int32), jnp.zeros((size, chunk), jnp.float32),
         jnp.zeros(size, jnp.int32), state.alive,
     )  # fmt: skip
-    _, state, out = jax.lax.while_loop(more_to_do, one_token, (jnp.int32(0), state, nothing))
+
+    def some_tokens(loop):
+        return jax.lax.fori_loop(0, look_every(), lambda _, loop: one_token(loop), loop)
+
+    _, state, out = jax.lax.while_loop(more_to_do, some_tokens, (jnp.int32(0), state, nothing))
     return out, state
 
 

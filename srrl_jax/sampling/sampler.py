@@ -24,8 +24,9 @@ from srrl_jax.parallel import (
     to_host,
 )
 from srrl_jax.programs import Program, placed, shapes_of
+from srrl_jax.sampling import gpu_attention
 from srrl_jax.sampling.decoder import Decoder, KeysValues
-from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, make_programs
+from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, look_every, make_programs
 from srrl_jax.sampling.scheduler import Batch, Scheduler, batches, sort_rows
 from srrl_jax.sampling.shapes import (
     MOST_STEPS,
@@ -123,7 +124,8 @@ class Sampler:
             )
         self.mesh = mesh
         self.new_tokens, self.sampling, self.stop_ids = new_tokens, sampling, tuple(stop_ids)
-        self.allowed, self.shared = allowed or c.vocab_size, tuple(shared)
+        whole = gpu_attention.KEYS if gpu_attention.computes(c) else 1
+        self.allowed, self.shared = allowed or c.vocab_size, tuple(shared[: len(shared) // whole * whole])
         self.int8_weights = int8 != "none"
         kernel = choose_kernel(model.attention, model.dtype, c.windows is not None, tokens=2)
         self.shards = 1 if mesh is None else row_shards(mesh)
@@ -147,7 +149,8 @@ class Sampler:
             lambda params: Decoder(nnx.merge(graphdef, params), self.int8_weights), nnx.state(model)
         )
         structure, self.decoder = nnx.split(decoder)
-        self.chunk = min(MOST_STEPS, new_tokens)  # most tokens that a run of decoding draws
+        steps = min(MOST_STEPS, new_tokens)
+        self.chunk = -(-steps // look_every()) * look_every()  # most tokens that a run of decoding draws
         self.jitted = make_programs(
             graphdef,
             structure,
@@ -250,14 +253,27 @@ class Sampler:
         results: list[np.ndarray] = [np.zeros((0, len(candidates)), np.float32)] * len(prefixes)
         total, done = sum(map(len, branches)), 0
         candidates = self._everywhere(np.asarray(candidates, np.int32))
-        for batch in batches(order, self.shapes):
-            packed = self._pack(batch, rows, prefixes, branches, range(len(rows)), whole=True).batch
-            found = to_host(self.jitted.score(params, shared, self._place(packed), candidates))
+
+        def take(batch: Batch, found: jax.Array) -> None:
+            nonlocal done
+            found = to_host(found)
             for seat, row in enumerate(batch.rows):
                 if row >= 0:
                     results[row] = found[seat, : len(branches[row])]
                     done += len(branches[row])
             on_wave(done, total)
+
+        running = None
+        for batch in batches(order, self.shapes):
+            packed = self._pack(batch, rows, prefixes, branches, range(len(rows)), whole=True).batch
+            before, running = (
+                running,
+                (batch, self.jitted.score(params, shared, self._place(packed), candidates)),
+            )
+            if before:  # the device goes on while the host takes what is done
+                take(*before)
+        if running:
+            take(*running)
         return results
 
     @property

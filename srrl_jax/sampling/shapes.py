@@ -24,7 +24,9 @@ MOST_STEPS = 32  # of decoding between two looks of the host: the price of one l
 _SHAPES, _SHAPES_WITH_LANES = 2, 4  # prefill programs of a sampler, without and with given branches
 _CUTS = 40  # sizes that are tried in each direction
 _WORTH = 0.97  # what one more program leaves to compute, at most
-_PREFILL_TOKENS = 8192  # most tokens of a prefill with more than one row for each device
+# Most tokens of a prefill with more than one row for each device; a GPU copies all weights for each.
+_PREFILL_TOKENS = {"gpu": 16384}
+_FEWER_PREFILL_TOKENS = 8192
 _SLOTS = {"cpu": 512}  # most branches at a time for each piece of a batch
 _MORE_SLOTS = 1024  # elsewhere
 
@@ -34,6 +36,11 @@ class RowLengths(NamedTuple):
 
     prefix: int
     branches: Sequence[int]
+
+    def own(self, new_tokens: int) -> int:
+        """Of a branch in the cache at most: what is given, with the prefix's last token where some branch is
+        given none, and all that is drawn but the last."""
+        return max(self.branches) + (min(self.branches) == 0) + new_tokens - 1
 
 
 class PrefillShape(NamedTuple):
@@ -88,7 +95,7 @@ class Shapes:
 
     def smallest(self, row: RowLengths, new_tokens: int) -> int | None:
         """The index of the smallest prefill shape that holds a row; None where the row does not fit."""
-        if len(row.branches) > self.fan_out or max(1, *row.branches) + new_tokens > self.own:
+        if len(row.branches) > self.fan_out or row.own(new_tokens) > self.own:
             return None
         lanes = lanes_needed(row.branches, self.prefill[-1].lane, self.apart)  # all have lanes alike
         for index, shape in enumerate(self.prefill):
@@ -171,7 +178,7 @@ def plan_shapes(
     rows = list(rows) or [RowLengths(1, [0])]
     fan_out = max(len(row.branches) for row in rows)
     longest = max(max(row.branches) for row in rows)
-    lane, own = round_up(longest), _in_blocks(max(1, longest) + new_tokens)
+    lane, own = round_up(longest), _in_blocks(max(row.own(new_tokens) for row in rows))
     narrow = (
         [round_up(own // part) for part in (4, 2)] if platform() == "cpu" and own >= 4 * MOST_STEPS else []
     )
@@ -205,7 +212,8 @@ def _rows_of_prefill(tokens: int, running: int, share: float, shards: int) -> in
     """A quarter of those that run, since so many leave and enter at a time; more where a run's price would
     else outweigh its tokens, fewer where they would take much memory, or where few rows are so long."""
     rows = max(running // 4, -(-8 * PRICE * shards // tokens))
-    rows = min(rows, _PREFILL_TOKENS * shards // tokens, running, math.ceil(share * running))
+    most = _PREFILL_TOKENS.get(platform(), _FEWER_PREFILL_TOKENS)
+    rows = min(rows, most * shards // tokens, running, math.ceil(share * running))
     return -(-max(1, rows) // shards) * shards
 
 

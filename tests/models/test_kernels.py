@@ -92,6 +92,32 @@ def test_the_call_of_cudnn_equals_xla(window):
         assert_same(everything(call, *args), everything(attend, *args), 5e-6)
 
 
+def by_lengths(q, segments, real):
+    """The same with a mask of lengths for the queries' own tokens, and no numbers at their padding."""
+    *context, own = segments
+    nothing = jnp.where(real, 0, jnp.nan)
+    keys = [x + nothing[:, None, :, :, None] for x in (own.k, own.v)]
+    return q + nothing[..., None, None], [*context, own._replace(k=keys[0], v=keys[1], mask=real[:, :, None])]
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_cudnn_by_lengths_equals_xla(branches):
+    """As a branch that is met alone is; beyond its length cuDNN leaves what it finds, also of gradients."""
+    q, segments, real = tree(branches, 40, [])
+    call = functools.partial(kernels.cudnn, implementation="xla")
+    found = everything(call, *by_lengths(q, segments, real), real)
+    assert_same(found, everything(attend, q, segments, real), 5e-6)
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+@pytest.mark.parametrize("shape", [(1, 70, []), (3, 40, [(1, 130)]), (2, 40, [(1, 50), (1, 9)])])
+def test_parts_by_cudnn_equal_xla(shape, lengths):
+    q, segments, real = tree(*shape)
+    args = by_lengths(q, segments, real) if lengths else (q, segments)
+    found, expected = kernels.cudnn_forward(*args, implementation="xla"), attend(q, segments)
+    assert_same([jnp.where(real[..., None], found, 0)], [jnp.where(real[..., None], expected, 0)], 5e-6)
+
+
 def test_splash_skips_what_no_query_sees():
     """Of 4 branches, each sees its prefix and itself: 4 + 4 of 4 x 5 blocks."""
     mask = kernels.TreeMask(4, 128, [(1, 128)])

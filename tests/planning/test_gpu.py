@@ -3,11 +3,18 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from srrl_jax.models import Qwen3
+from srrl_jax.models.presets import PRESETS
+from srrl_jax.parallel import MeshConfig, make_mesh, shardings
 from srrl_jax.planning.collectives import _INSTRUCTION, KINDS, _computations, collectives
 from srrl_jax.planning.groups import groups_of, share_outside
 from srrl_jax.planning.programs import Compiler
+from srrl_jax.programs import placed
+from srrl_jax.sampling import RowLengths, Sampler
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
@@ -34,6 +41,29 @@ def test_the_programs_of_a_rollout_on_gpus(rollout):
     assert "__cudnn$fmha" in rollout.texts["rollout/prefill"]
 
 
+def kernels_of_a_token(text: str) -> int:
+    """Those of the innermost loop of a compiled module of decoding."""
+    counts = []
+    for name, body in _computations(text)[0].items():
+        if re.search(rf"body=%?{re.escape(name)}[,\s]", text):
+            operations = [m[3] for line in body if (m := _INSTRUCTION.match(line))]
+            counts.append(sum(x in ("fusion", "custom-call", "copy", "conditional") for x in operations))
+    return max(counts)
+
+
+@pytest.mark.slow
+def test_a_token_of_28_layers_takes_at_most_350_kernels(h100):
+    model = nnx.eval_shape(lambda: Qwen3(PRESETS["qwen3-0.6b"], rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    mesh = make_mesh(MeshConfig(), h100.devices()[:1])
+    with jax.set_mesh(mesh):
+        rows = [RowLengths(256, [0] * 4)] * 32
+        sampler = Sampler(model, rows, new_tokens=512, stop_ids=[1], mesh=mesh, memory_gb=40)
+        params = placed(nnx.state(model), shardings(nnx.state(model), mesh))
+        (decode,) = (p for p in sampler.programs(params) if p.kind == "decode")
+        text = decode.lower().compile().as_text()
+    assert 28 * 8 < kernels_of_a_token(text) <= 350
+
+
 def test_no_device_makes_the_keys_of_all_rows(rollout, setup):
     c, rows = setup.model.config, setup.rollout.shapes.prefill[-1].rows
     text, (layers, heads) = rollout.texts["rollout/prefill"], (c.num_hidden_layers, c.num_key_value_heads)
@@ -43,10 +73,10 @@ def test_no_device_makes_the_keys_of_all_rows(rollout, setup):
 
 def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
     found = {compiled.name.removeprefix("rollout/"): compiled for compiled in rollout.found}
-    assert found["unstack"].network_bytes == found["unstack"].collective_bytes["all-gather"] > 0
+    assert found["relayout"].network_bytes == found["relayout"].collective_bytes["all-gather"] > 0
     sums = [c for c in collectives(rollout.texts["rollout/decode"]) if c.loops and c.kind == "all-reduce"]
     assert sums and all(share_outside(c.kind, c.groups, island=2) == 0 for c in sums)
-    assert found["decode"].network_bytes < found["unstack"].network_bytes / 50
+    assert found["decode"].network_bytes < found["relayout"].network_bytes / 50
 
 
 def beside(text: str) -> list[tuple[str, bool, bool]]:
