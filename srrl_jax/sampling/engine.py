@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,7 @@ class Programs(NamedTuple):
 def make_programs(
     graphdef: nnx.GraphDef,
     decoder: nnx.GraphDef,
+    layout: Any,
     config: Qwen3Config,
     shapes: Shapes,
     mesh: jax.sharding.Mesh | None,
@@ -140,6 +141,7 @@ def make_programs(
 
     Args:
       graphdef, decoder: of the model, and of its `Decoder`.
+      layout: the tree of what `prepare` makes; `decode` takes its leaves alone, which a call finds sooner.
       dtype: of the caches, unless they are of 8 bits.
       int8: whether weights, and caches, are decoded in 8 bits.
       chunk: most tokens that a run of `decode` draws.
@@ -161,7 +163,7 @@ def make_programs(
         return _admit(config, cached, state, prefix, lanes, arrivals, admission, key, start)
 
     def decode(weights, shared, state, rule, enough, width):
-        model, kv = nnx.merge(decoder, weights), state.branches.kv
+        model, kv = nnx.merge(decoder, jax.tree.unflatten(layout, weights)), state.branches.kv
         if width == shapes.own:
             return _decode(model, shared, state, rule, enough, chunk, top_k, truncates)
         state = state._replace(branches=state.branches._replace(kv=_columns(kv, width)))

@@ -154,6 +154,7 @@ class Sampler:
         self.jitted = make_programs(
             graphdef,
             structure,
+            jax.tree.structure(self.decoder),
             c,
             self.shapes,
             mesh,
@@ -199,6 +200,7 @@ class Sampler:
         shared, shared_cache = self._begin(weights.params)
         rule, key = self._everywhere(self.sampling_params(stop_ids)), self._key(key)
         state, end, widths = self.jitted.empty(key), self.shapes.prefill[-1].lane, self.shapes.widths
+        decoder = tuple(jax.tree.leaves(weights.decoder))
         while scheduler.waiting or scheduler.running.any():
             while batch := scheduler.next_batch():
                 arrivals = self._pack(batch, rows, prefixes, branches, row_ids)
@@ -208,9 +210,7 @@ class Sampler:
             while len(widths) > 1 and end + self.chunk > widths[0]:
                 widths = widths[1:]
             enough = self._everywhere(np.int32(scheduler.enough()))
-            out, state = self.jitted.decode(
-                weights.decoder, shared_cache, state, rule, enough, width=widths[0]
-            )
+            out, state = self.jitted.decode(decoder, shared_cache, state, rule, enough, width=widths[0])
             out = jax.device_get(out)
             for slot, row, b in scheduler.branches():
                 tokens, logprobs = drawn[row][b]
@@ -329,7 +329,7 @@ class Sampler:
             yield Program("prefill", str(shape), jitted.enter, args)
         rule = self.sampling_params(self.stop_ids if stop_ids is None else stop_ids)
         rule, enough = self._shapes((rule, np.int32(0)), everywhere=True)
-        args = (self.decoding, cache, state, rule, enough)
+        args = (tuple(jax.tree.leaves(self.decoding)), cache, state, rule, enough)
         for width in self.shapes.widths:
             yield Program("decode", f"{self.shapes.slots} x {width}", jitted.decode, args, {"width": width})
 
