@@ -217,7 +217,7 @@ def _tree(group: str, program: str, setup: Setup) -> Tree:
         return Tree(largest.rows, largest.prefix, largest.lanes, largest.lane)
     if program == "shared prefix":
         return Tree(1, len(sampler.shared), 0, 0)
-    return Tree(shapes.slots // shapes.fan_out, shapes.prefix, shapes.fan_out, shapes.own)
+    return Tree(shapes.running, shapes.prefix, shapes.fan_out, shapes.own)
 
 
 def _phase(compiled: Compiled, setup: Setup, topology: Topology, assumptions: Assumptions) -> Phase:

@@ -34,7 +34,7 @@ class PrefixCache(NamedTuple):
     """Prefixes that running branches continue: N rows with B cells each, over R shards of the mesh.
 
     Shapes: `kv` of N sequences; `lengths` int32 [N]; `slots` int32 [R, N / R * B], which slot of its shard
-    holds the branch of a cell (any, where none does).
+    holds the branch of a cell, -1 where none does.
     """
 
     kv: KeysValues

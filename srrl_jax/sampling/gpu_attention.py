@@ -22,7 +22,8 @@ from srrl_jax.parallel import mesh_axes
 
 KEYS = 64  # that a program meets at a time; divides the size of a cache
 _ROWS = 16, 64  # fewest and most queries of a product
-_PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, prefixes are split
+_PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, prefixes are split,
+_SPLITS = 8  # into so many parts at most
 _LAUNCH = dict(num_warps=4, num_stages=2)
 
 
@@ -97,7 +98,7 @@ def _attend(new: NewToken, own, prefix, shared, places: Places, eps: float):
     fan_out, g = places.slots.size // n, g - 2
     rows = min(max(_ROWS[0], pl.next_power_of_2(fan_out * g)), _ROWS[1])
     tiles = pl.cdiv(fan_out * g, rows)
-    splits = max(1, min(_PROGRAMS // (n * heads * tiles), size // (2 * KEYS)))
+    splits = max(1, min(_SPLITS, _PROGRAMS // (n * heads * tiles), size // (2 * KEYS)))
     sizes = dict(g=g, fan_out=fan_out, eps=eps)
     options = dict(interpret=platform() == "cpu", compiler_params=plgpu.CompilerParams(**_LAUNCH))
 
@@ -174,7 +175,8 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
     head, n = pl.program_id(1), pl.program_id(2)
     row = tile * rows + jnp.arange(rows)
     slots = places.slots[n * fan_out + jnp.minimum(row // g, fan_out - 1)]
-    q = _queries(new, places, slots, head, row % g, eps)
+    used = slots.max() >= 0  # a row may have fewer branches than the tiles are for
+    q = _queries(new, places, jnp.maximum(slots, 0), head, row % g, eps)
     state = (
         jnp.full(rows, NEVER, jnp.float32),
         jnp.zeros(rows, jnp.float32),
@@ -186,9 +188,10 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
         def meet_shared(i, state):
             return _meet(q, *shared, (jnp.int32(0), head), i * KEYS, None, state)
 
-        blocks = jnp.where(split == 0, jnp.int32(shared[1].shape[2] // KEYS), jnp.int32(0))
+        size = jnp.int32(shared[1].shape[2] // KEYS)
+        blocks = jnp.where(used & (split == 0), size, jnp.int32(0))
         state = jax.lax.fori_loop(jnp.int32(0), blocks, meet_shared, state)
-    length = places.prefix_lengths[n]
+    length = jnp.where(used, places.prefix_lengths[n], 0)
     blocks = (length + KEYS - 1) // KEYS
     each = (blocks + splits - 1) // splits
 

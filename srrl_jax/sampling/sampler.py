@@ -143,6 +143,7 @@ class Sampler:
             self.memory,
             together=together or len(rows),
             apart=kernel == "splash",  # whose masks are made before lengths are known
+            by_mean=gpu_attention.computes(c),
         )
         self.graphdef = graphdef = nnx.graphdef(model)
         decoder = nnx.eval_shape(

@@ -122,7 +122,7 @@ class Scheduler:
 
     def _least(self) -> int:
         """Rows worth a prefill beside others that run: a quarter of those that could, if so many wait."""
-        rows = self.shapes.slots // self.shapes.fan_out
+        rows = self.shapes.running
         fitting = sum(1 for _ in islice(_that_fit(self.waiting, self.shapes), rows))
         return min(self.shapes.prefill[self.waiting[0][0]].rows, fitting, -(-rows // 4))
 
@@ -156,7 +156,7 @@ class Scheduler:
             self.branch[shard, slots] = [(place, b) for b in range(count)]
             rows[shard, place] = seat
             branches[shard, slots] = seat * self.shapes.fan_out + np.arange(count)
-        grid = np.zeros((len(self.row), self.row.shape[1] * self.shapes.fan_out), np.int32)
+        grid = np.full((len(self.row), self.row.shape[1] * self.shapes.fan_out), -1, np.int32)
         cells = np.maximum(self.branch[..., 0] * self.shapes.fan_out + self.branch[..., 1], 0)
         for shard, slots in enumerate(self.running):
             grid[shard, cells[shard, slots]] = np.flatnonzero(slots)

@@ -69,6 +69,7 @@ class Shapes:
     Attributes:
       prefill: from the smallest to the one that holds every row.
       rows: prefixes in the cache.
+      running: rows that run at a time.
       slots: branches that run at a time.
       fan_out: most branches of a row.
       widths: sizes that the cache of branches grows to, the last for all their tokens, given and new. One but
@@ -78,6 +79,7 @@ class Shapes:
 
     prefill: tuple[PrefillShape, ...]
     rows: int
+    running: int
     slots: int
     fan_out: int
     widths: tuple[int, ...]
@@ -144,7 +146,7 @@ class Memory:
             scores = 2 * 4 * heads * scores if self.has_scores else 0
             enter = max(enter, shape.rows * (shape.tokens * (key_values + layer) + scores))
         decode = 4 * 4 * shapes.slots * vocab  # logits
-        if platform() != "cpu":  # a compiler may lay out the branches' cache anew for the loop
+        if platform() == "tpu":  # whose compiler may lay out the branches' cache anew for the loop
             decode += key_values * shapes.slots * shapes.own
         return (cached + max(enter, decode)) // self.shards
 
@@ -159,7 +161,13 @@ def default_budget(limit: int | None = None) -> int:
 
 
 def plan_shapes(
-    rows: Iterable[RowLengths], new_tokens: int, memory: Memory, *, together: int, apart: bool = False
+    rows: Iterable[RowLengths],
+    new_tokens: int,
+    memory: Memory,
+    *,
+    together: int,
+    apart: bool = False,
+    by_mean: bool = False,
 ) -> Shapes:
     """Few shapes with little padding, for rows like these.
 
@@ -172,6 +180,8 @@ def plan_shapes(
       new_tokens: limit of a completion.
       together: rows of a call.
       apart: see `Shapes`.
+      by_mean: rows have slots for their mean number of branches and not for the most, where attention is not
+        computed for the branches that a row lacks: the memory then holds more rows.
     Raises:
       InputError: not even one row on each piece of the mesh fits the memory.
     """
@@ -185,7 +195,8 @@ def plan_shapes(
     widths = (*(width for width in narrow if longest + MOST_STEPS <= width < own), own)
     classes = _classes(rows, lane, apart, fan_out)
     shards = memory.shards
-    most = _SLOTS.get(platform(), _MORE_SLOTS) * shards // fan_out
+    branches = sum(len(row.branches) for row in rows) / len(rows) if by_mean else fan_out
+    most = int(_SLOTS.get(platform(), _MORE_SLOTS) * shards / branches)
     running = -(-min(together, max(1, most)) // shards) * shards
     while True:
         prefill = tuple(
@@ -194,7 +205,8 @@ def plan_shapes(
         )
         # Prefixes stay while one of their branches runs: with more of them no slot waits for a place.
         resident = min(2 * running, max(running, -(-together // shards) * shards))
-        shapes = Shapes(prefill, resident, running * fan_out, fan_out, widths, apart)
+        slots = max(fan_out, math.ceil(running // shards * branches)) * shards
+        shapes = Shapes(prefill, resident, running, slots, fan_out, widths, apart)
         needed = memory.needed(shapes)
         if needed <= memory.budget:
             return shapes

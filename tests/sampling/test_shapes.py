@@ -45,9 +45,16 @@ def test_every_row_fits_and_enters_once(memory, rows, together, apart):
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(rows=ROWS, together=st.integers(1, 12), shards=st.sampled_from([1, 2]), seed=st.integers(0, 9))
-def test_each_branch_runs_once_where_its_prefix_lies(memory, rows, together, shards, seed):
-    planned = plan_shapes(rows, 16, dataclasses.replace(memory, shards=shards), together=together)
+@given(
+    rows=ROWS,
+    together=st.integers(1, 12),
+    shards=st.sampled_from([1, 2]),
+    by_mean=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_each_branch_runs_once_where_its_prefix_lies(memory, rows, together, shards, by_mean, seed):
+    memory = dataclasses.replace(memory, shards=shards)
+    planned = plan_shapes(rows, 16, memory, together=together, by_mean=by_mean)
     scheduler = Scheduler(rows, sort_rows(rows, planned, 16), planned, shards)
     random, left = (
         np.random.default_rng(seed),
@@ -68,6 +75,15 @@ def test_each_branch_runs_once_where_its_prefix_lies(memory, rows, together, sha
         left -= {(row, b) for slot, row, b in running if not alive[slot]}
         scheduler.finish(alive)
     assert not left and not scheduler.waiting
+
+
+def test_slots_by_the_mean_let_more_rows_run(memory):
+    """One row of 48 branches among many of 8, where the memory is what bounds them."""
+    rows = [RowLengths(100, [5] * 48)] + [RowLengths(100, [5] * 8)] * 39
+    memory = dataclasses.replace(memory, budget=8 * 10**6)
+    most, mean = (plan_shapes(rows, 200, memory, together=64, by_mean=by_mean) for by_mean in (False, True))
+    assert mean.running >= 2 * most.running and mean.slots >= most.fan_out == mean.fan_out == 48
+    assert memory.needed(mean) <= memory.budget
 
 
 def test_lengths_far_apart_have_shapes_of_their_own(memory):
