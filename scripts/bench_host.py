@@ -19,6 +19,7 @@ def main() -> None:
 
     from srrl_jax.models import Qwen3, Qwen3Config
     from srrl_jax.sampling import RowLengths, Sampler
+    from srrl_jax.sampling.decoder import KeysValues
 
     config = Qwen3Config(
         vocab_size=64,
@@ -33,7 +34,7 @@ def main() -> None:
     sampler = Sampler(model, [RowLengths(8, [0] * 4)] * 4, new_tokens=32, stop_ids=[1])
     weights, key = sampler.prepare(nnx.state(model)), jax.random.key(0)
     state, rule = sampler.jitted.empty(key), jax.device_put(sampler.sampling_params([1]))
-    enough, cache = jax.device_put(np.int32(0)), sampler._begin(weights.params)[1]
+    enough, cache = jax.device_put(np.int32(0)), KeysValues()  # nothing is shared
     decoder, calls, whole = tuple(jax.tree.leaves(weights.decoder)), [], []
     for _ in range(220):
         start = time.perf_counter()

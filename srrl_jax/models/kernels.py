@@ -1,10 +1,11 @@
 """Fused attention over the tree layout: splash on TPU, cuDNN on GPU.
 
-All segments of a row become one list of keys, and all tokens of its branches one list of queries; which
-query may see which key is then a mask with many empty blocks. The kernel's online softmax merges the
-prefix part and the branch part by their log-sum-exp as it walks over the blocks, so nothing is merged
-outside of it, and its own gradient holds. (The public kernels can return a log-sum-exp, but no gradient
-flows through it.) The price is one copy of a row's keys and values, not one for each branch.
+Where a gradient is asked for, all segments of a row become one list of keys, and all tokens of its branches
+one list of queries; which query may see which key is then a mask with many empty blocks. The kernel's online
+softmax merges the prefix part and the branch part by their log-sum-exp as it walks over the blocks, so
+nothing is merged outside of it, and its own gradient holds. (The public kernels can return a log-sum-exp,
+but no gradient flows through it: `cudnn_forward` merges so, forward alone.) The price is one copy of a row's
+keys and values, not one for each branch.
 """
 
 import functools

@@ -50,14 +50,19 @@ class Attention(nnx.Module):
 
     def __call__(self, x, cos, sin, look: Look):
         """x [N, B, T, hidden] -> the same shape, and what `look` keeps."""
-        q = self._heads(self.q_proj(x))
+        if self.k_proj is None:
+            heads = self.grouped_heads(x)
+            q = heads[..., :-2, :].reshape(*x.shape[:-1], -1, self.head_dim)
+            keys_values = self._placed(heads[..., -2, :], heads[..., -1, :], cos, sin)
+        else:
+            q, keys_values = self._heads(self.q_proj(x)), self.keys_values(x, cos, sin)
         if self.q_norm is not None:
             q = self.q_norm(q)
-        y, kept = look(rotate(q, cos, sin), *self.keys_values(x, cos, sin))
+        y, kept = look(rotate(q, cos, sin), *keys_values)
         return self.o_proj(y), kept
 
     def join(self) -> None:
-        """Makes `q_proj` compute queries, keys and values in one product, for `grouped_heads` alone."""
+        """Makes `q_proj` compute queries, keys and values in one product; `keys_values` is then gone."""
         linears = [self.q_proj, self.k_proj, self.v_proj]
         if all(linear.adapter is None for linear in linears):
             self.q_proj = join(linears, self.kv_heads)
@@ -71,7 +76,9 @@ class Attention(nnx.Module):
 
     def keys_values(self, x, cos, sin) -> tuple[jax.Array, jax.Array]:
         """Each [N, B, T, K, D]."""
-        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        return self._placed(self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), cos, sin)
+
+    def _placed(self, k, v, cos, sin):
         return rotate(k if self.k_norm is None else self.k_norm(k), cos, sin), v
 
     def _heads(self, y):

@@ -1,5 +1,6 @@
 """The sampler: lists of tokens in, completions out."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -124,7 +125,8 @@ class Sampler:
             )
         self.mesh = mesh
         self.new_tokens, self.sampling, self.stop_ids = new_tokens, sampling, tuple(stop_ids)
-        whole = gpu_attention.KEYS if gpu_attention.computes(c) else 1
+        by_kernel = int8 != "weights_kv" and gpu_attention.computes(c)
+        whole = gpu_attention.KEYS if by_kernel else 1
         self.allowed, self.shared = allowed or c.vocab_size, tuple(shared[: len(shared) // whole * whole])
         self.int8_weights = int8 != "none"
         kernel = choose_kernel(model.attention, model.dtype, c.windows is not None, tokens=2)
@@ -143,7 +145,7 @@ class Sampler:
             self.memory,
             together=together or len(rows),
             apart=kernel == "splash",  # whose masks are made before lengths are known
-            by_mean=gpu_attention.computes(c),
+            by_mean=by_kernel,
         )
         self.graphdef = graphdef = nnx.graphdef(model)
         decoder = nnx.eval_shape(
@@ -264,17 +266,14 @@ class Sampler:
                     done += len(branches[row])
             on_wave(done, total)
 
-        running = None
+        started = deque()
         for batch in batches(order, self.shapes):
             packed = self._pack(batch, rows, prefixes, branches, range(len(rows)), whole=True).batch
-            before, running = (
-                running,
-                (batch, self.jitted.score(params, shared, self._place(packed), candidates)),
-            )
-            if before:  # the device goes on while the host takes what is done
-                take(*before)
-        if running:
-            take(*running)
+            started.append((batch, self.jitted.score(params, shared, self._place(packed), candidates)))
+            if len(started) > 1:  # the device goes on while the host takes what is done
+                take(*started.popleft())
+        for last in started:
+            take(*last)
         return results
 
     @property

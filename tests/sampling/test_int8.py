@@ -1,5 +1,7 @@
 """Decoding in 8 bits: how far its log-probabilities are from those of teacher forcing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from srrl_jax.models.int8 import quantize
-from srrl_jax.sampling import RowLengths, Sampler
+from srrl_jax.sampling import RowLengths, Sampler, gpu_attention
 from srrl_jax.sampling.decoder import Decoder
 
 
@@ -45,6 +47,23 @@ def test_the_gap_to_the_trainer(gap):
     assert none < 1e-5
     assert 1e-3 < weights < 0.03
     assert 1e-3 < weights_kv < 0.03 and weights_kv != weights
+
+
+def test_joined_products_with_caches_in_8_bits_draw_the_same(model, monkeypatch):
+    """Weights as GPUs decode them, with XLA's attention, which caches of 8 bits take there too."""
+    other = nnx.merge(*nnx.split(model))  # as samplers of equal networks share their programs
+    other.config = dataclasses.replace(model.config, max_position_embeddings=66)
+
+    def draw(network):
+        run = Sampler(network, [RowLengths(5, [0, 0])], new_tokens=6, stop_ids=(-1,), int8="weights_kv")
+        ((first, second),) = run.generate(nnx.state(network), [[5, 6, 7, 8]], [[[], []]], jax.random.key(0))
+        return first, second
+
+    expected = draw(model)
+    monkeypatch.setattr(gpu_attention, "computes", lambda config: True)
+    for found, wanted in zip(draw(other), expected, strict=True):
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-5)
 
 
 def test_what_is_kept_in_8_bits(model, params):
