@@ -127,10 +127,12 @@ def train(
                 groups = answer(weights, tasks, config.group_size, rollout_key, "rollout")
                 # 2. The same weights (or frozen ones, a teacher, one's own grader) judge all by all criteria.
                 grader = judge(config.judge, weights, grade_key)
+                longest, keys = config.rollout.max_new_tokens, (config.seed, step)
                 with session.phase("grade") as on_wave:
                     graded = grade(grader, tokenizer, tasks, groups, on_wave)
-                longest, keys = config.rollout.max_new_tokens, (config.seed, step)
-                rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward, keys)
+                    rewards = training_rewards(
+                        tasks, groups, graded, config.reward, longest, own.reward, keys
+                    )
                 return groups, graded, rewards
 
             def evaluate(step: int) -> tuple[dict, list]:
