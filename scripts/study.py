@@ -1,20 +1,24 @@
 """The paper's claims in the tiny world, where the truth is known: arms, seeds, tables and pictures.
 
-    python scripts/study.py [--claims d,e] [--seeds 5] [--out runs/study]
+    python scripts/study.py [--claims a,e] [--seeds 5] [--out srrl_jax/tinyworld/study]
 
 An arm is a recipe: the demo's with the claim's overrides and its own. Every finished run is a line of
-OUT/results.jsonl, so the same command goes on where it was stopped; each seed goes through all arms
-before the next. Tables have the mean over seeds and the half-width of its 95% t-interval. Training never
-sees the oracle.
+OUT/results.jsonl, so the same command goes on where it was stopped; arms that claims share are run once, and
+each seed goes through all arms before the next. OUT/tables.md and the README beside OUT have means over
+seeds and the half-widths of their 95% t-intervals. Training sees the oracle only where an arm says so.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import jax
 import matplotlib.pyplot as plt
@@ -22,6 +26,7 @@ import numpy as np
 import scipy.stats
 from demo import oracle_curve
 from flax import nnx
+from hacking import WARNED_BY
 from teacher_share import write_lessons
 
 from srrl_jax.errors import InputError
@@ -29,42 +34,66 @@ from srrl_jax.grading import GradingItem
 from srrl_jax.models import Qwen3
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
-from srrl_jax.telemetry import iter_jsonl, read_jsonl
+from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs
+from srrl_jax.tinyworld.rows import dump_rows, easy_rows, random_criterion
+from srrl_jax.tinyworld.tokenizer import CHECKPOINT
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
 from srrl_jax.training.run import load_tasks
 
+# What make_tiny_model.py is given: the embedded model, and that with noise in its weights.
+BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
+SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
+LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
+LEARN += ("eval.frozen=false", "checkpoint.every=16")
+HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=3", "eval.rows=48")
+HACK += ("checkpoint.every=12",)
+LESSONS = ("data.teacher={work}/lessons.jsonl", "data.teacher_share=0.2")
+
 
 @dataclass(frozen=True)
 class Claim:
-    """`base` are arguments of make_tiny_model.py; `arms` map a name to overrides after those of `recipe`."""
+    """`arms` map a name to overrides after those of `recipe`; {work} in them is the folder of the runs."""
 
     title: str
-    base: tuple[str, ...]
+    bases: tuple[str, ...]
     recipe: tuple[str, ...]
     arms: dict[str, tuple[str, ...]]
 
 
-NOISY = ("--noise", "0.6")
-LESSONS = ("data.teacher_share=0.2",)
 CLAIMS = {
+    "a": Claim(
+        "self-reward, beside learning from the best by one's own grade, and beside the truth as grader",
+        ("weak", "middling", "strong"),
+        LEARN,
+        {
+            "self-reward": (),
+            "SFT on the best of 4": ("loss.advantage=best",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
+        },
+    ),
+    "c": Claim(
+        "what makes the grader better or worse",
+        ("weak",),
+        LEARN,
+        {
+            "self-reward": (),
+            "frozen grader": ("grader=frozen",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
+            "20% lessons, sft": (*LESSONS, "data.teacher_loss=sft", "loss.aggregate=sequence"),
+        },
+    ),
     "d": Claim(
         "lessons from a teacher's verdicts, for a base that grades badly",
-        NOISY,
+        ("weak",),
         (
-            "steps=20",
-            "prompts_per_step=8",
+            *("steps=20", "prompts_per_step=8", "optimizer.microbatch=8", "optimizer.learning_rate=3e-4"),
             "loss.aggregate=sequence",  # a short verdict weighs as much as a long answer
-            "optimizer.microbatch=8",
-            "optimizer.learning_rate=3e-4",
-            "eval.every=20",
-            "eval.rows=64",
-            "eval.frozen=false",
-            "checkpoint.every=20",
+            *("eval.every=20", "eval.rows=64", "eval.frozen=false", "checkpoint.every=20"),
         ),
         {
-            "no lessons": ("data.teacher_share=0",),
+            "no lessons": (),
             "20%, grpo": LESSONS,
             "20%, sft": (*LESSONS, "data.teacher_loss=sft"),
             "20%, both": (*LESSONS, "data.teacher_loss=both"),
@@ -72,82 +101,144 @@ CLAIMS = {
     ),
     "e": Claim(
         "guards against a hacked grader, at ten times the demo's learning rate",
-        NOISY,
-        (
-            "steps=12",
-            "prompts_per_step=8",
-            "optimizer.microbatch=8",
-            "optimizer.learning_rate=1e-3",
-            "kl_coef=0",
-            "eval.every=3",
-            "eval.rows=48",
-            "checkpoint.every=12",
-        ),
+        ("weak",),
+        HACK,
         {
             "no guard": (),
             "KL 0.05": ("kl_coef=0.05",),
-            "half of the criteria": ("reward.criteria_dropout=0.5",),
             "frozen grader": ("grader=frozen",),
-            "stop on warning": ("eval.stop_on_warning=true",),
+            "half of the criteria": ("reward.criteria_dropout=0.5",),
+            "3 votes": ("grading.votes=3",),
+        },
+    ),
+    "f": Claim(
+        "rubrics",
+        ("strong",),
+        LEARN,
+        {
+            "as they are": (),
+            "positive points alone": ("reward.criteria=positive",),
+            "equal points": ("data.train={work}/rows/equal.jsonl",),
+            "30% of the criteria replaced": ("data.train={work}/rows/noisy.jsonl",),
+            "half of the criteria": ("data.train={work}/rows/few.jsonl",),
         },
     ),
 }
-PLAIN = str.maketrans({" ": "_", "%": None, ",": None})  # names of arms as names of folders
 COLUMNS = {
     "truth": "oracle score",
+    "gain": "gain of it",
     "own": "score by itself",
     "accuracy": "grader accuracy",
     "accuracy_item": "of items",
     "accuracy_style": "of style",
     "control": "met by empty answers",
-    "steps": "steps done",
 }
+MARK = "<!-- scripts/study.py writes what follows, to the end -->\n"
 
 
-def make_base(claim: Claim, out: Path) -> Path:
-    """The claim's base, made where it is not there yet."""
-    path = out / "bases" / "_".join(word.strip("-") for word in claim.base)
+def make_base(name: str, work: Path) -> Path:
+    """The base, made where it is not there yet."""
+    if not BASES[name]:
+        return CHECKPOINT
+    path = work / "bases" / name
     if not (path / "model.safetensors").exists():
         script = Path(__file__).with_name("make_tiny_model.py")
-        subprocess.run([sys.executable, str(script), *claim.base, "--out", str(path)], check=True)
+        subprocess.run([sys.executable, str(script), *BASES[name], "--out", str(path)], check=True)
     return path
 
 
-def accuracies(config: TrainConfig, params) -> list[dict[str, float]]:
-    """Share of right verdicts on the fixed test, in all and by kind: of the base, then with `params`."""
+def write_rows(work: Path) -> None:
+    """The training rows with other rubrics: all points of one size, criteria of other rows, few criteria."""
+    rng = Random("rubrics")
+    folder = work / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, list[dict]] = {"equal": [], "noisy": [], "few": []}
+    for row in easy_rows():
+        rubrics = row["rubrics"]
+        equal = [r | {"points": 5 if r["points"] > 0 else -5} for r in rubrics]
+        noisy = [r | {"criterion": random_criterion(rng)} if rng.random() < 0.3 else r for r in rubrics]
+        first = next(r for r in rubrics if r["points"] > 0)
+        others = [r for r in rubrics if r is not first]
+        few = [first, *rng.sample(others, (len(rubrics) + 1) // 2 - 1)]
+        for name, changed in {"equal": equal, "noisy": noisy, "few": few}.items():
+            made[name].append(row | {"rubrics": changed})
+    for name, rows in made.items():
+        (folder / f"{name}.jsonl").write_text(dump_rows(rows))
+
+
+def recipe(base: str, keys: tuple[str, ...], seed: int, work: Path, run_dir: Path) -> TrainConfig:
+    """Of a run, with all files that it needs made."""
+    keys = [f"model={make_base(base, work)}", f"seed={seed}", f"run_dir={run_dir}", *keys]
+    config = TrainConfig.load("configs/demo.yaml", [key.format(work=work) for key in keys])
+    if config.data.teacher and not Path(config.data.teacher).exists():
+        write_lessons(config)
+    if not Path(config.data.train).exists():
+        write_rows(work)
+    return config
+
+
+@functools.cache
+def _examiner():
+    """Asks for all verdicts of the fixed test in one way, that of the demo, whatever the arm."""
+    config = TrainConfig.load("configs/demo.yaml", [f"model={CHECKPOINT}", "eval.rows=8"])
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model, tokenizer = Qwen3.from_pretrained(config.model, mesh=mesh), load_tokenizer(config.model)
+        lengths = load_tasks(config, tokenizer).lengths(config)
+        return mesh, make_actor(model, tokenizer, config, mesh, lengths).grader
+
+
+def accuracies(params) -> dict[str, float]:
+    """Share of right verdicts of these weights on the fixed test, in all and by kind; unreadable is wrong."""
     pairs = grader_pairs()
     items = [GradingItem(messages, response, [criterion]) for messages, response, criterion, _ in pairs]
     style = np.array([c.axis not in ("completeness", "accuracy") for *_, c, _ in pairs])
-    mesh, found = make_mesh(config.mesh), []
+    mesh, grader = _examiner()
     with jax.set_mesh(mesh):
-        model = Qwen3.from_pretrained(config.model, mesh=mesh)
-        tokenizer = load_tokenizer(config.model)
-        lengths = load_tasks(config, tokenizer).lengths(config)
-        actor = make_actor(model, tokenizer, config, mesh, lengths)
-        for weights in (nnx.state(model), params):
-            verdicts = actor.grader.grade(weights, items, jax.random.key(0))
-            right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
-            kinds = {"": right, "_item": right[~style], "_style": right[style]}
-            found.append({f"accuracy{kind}": float(values.mean()) for kind, values in kinds.items()})
-    return found
+        verdicts = grader.grade(params, items, jax.random.key(0))
+    right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
+    kinds = {"": right, "_item": right[~style], "_style": right[style]}
+    return {f"accuracy{kind}": float(values.mean()) for kind, values in kinds.items()}
 
 
-def run_arm(config: TrainConfig) -> list[dict]:
-    """Trains, and returns what is true at each evaluation; the first and last have the grader's accuracy."""
+@functools.cache
+def base_accuracies(model: str) -> dict[str, float]:
+    """`accuracies` of a base."""
+    with jax.set_mesh(make_mesh(TrainConfig.load("configs/demo.yaml").mesh)):
+        return accuracies(nnx.state(Qwen3.from_pretrained(model)))
+
+
+def run_arm(config: TrainConfig) -> dict:
+    """Trains, and returns what is true at each evaluation, and the median seconds of a step's parts.
+
+    The first and last evaluation have the grader's accuracy; `warned` are those that the monitor warned of.
+    """
     final = train(config)
     run_dir = Path(config.run_dir)
     truth = dict(oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval"))
-    names = {"own": "eval/self", "frozen": "eval/frozen", "control": "grader/control_met_rate"}
+    names = {
+        "own": "eval/self",
+        "frozen": "eval/frozen",
+        "control": "grader/control_met_rate",
+        "agreement": "grader/agreement_frozen",
+        "length": "eval/mean_length",
+    }
+    events = read_jsonl(run_dir / "events.jsonl")
+    warned = {e["step"] for e in events if any(key in e["message"] for key in WARNED_BY)}
     curve = [
-        {"steps": row["step"], "truth": truth[row["step"]]}
+        {"steps": row["step"], "truth": truth[row["step"]], "warned": row["step"] in warned}
         | {short: row[name] for short, name in names.items() if row.get(name) is not None}
-        for row in iter_jsonl(run_dir / "metrics.jsonl")
+        for row in read_jsonl(run_dir / "metrics.jsonl")
         if "eval/self" in row
     ]
-    before, after = accuracies(config, final.params)
-    curve[0] |= before
-    curve[-1] |= after
-    return curve
+    curve[0] |= base_accuracies(config.model)
+    curve[-1] |= accuracies(final.params)
+    steps = [row for row in read_jsonl(run_dir / "timings.jsonl") if row["step"] > 0]
+    parts = ("rollout", "grade", "update")
+    return {
+        "curve": [{k: round(v, 4) for k, v in row.items()} for row in curve],
+        "times": {part: round(float(np.median([row[f"time/{part}"] for row in steps])), 2) for part in parts},
+    }
 
 
 def interval(values: list[float]) -> str:
@@ -158,33 +249,61 @@ def interval(values: list[float]) -> str:
     return f"{mean} ± {scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values):.3f}"
 
 
+def finished(claim: Claim, base: str, rows: list[dict]) -> dict[str, list[list[dict]]]:
+    """The curves of each arm that has any, by seed."""
+    runs = {}
+    for arm, keys in claim.arms.items():
+        wanted = [base, [*claim.recipe, *keys]]
+        found = sorted((row for row in rows if [row["base"], row["keys"]] == wanted), key=lambda r: r["seed"])
+        if found:
+            runs[arm] = [row["curve"] for row in found]
+    return runs
+
+
+def until_warned(curve: list[dict]) -> list[dict]:
+    """What `eval.stop_on_warning` would have left of a run: it is the same to the bit up to there."""
+    end = next((i for i, row in enumerate(curve) if row["warned"] and i), len(curve) - 1)
+    return curve[: end + 1]
+
+
+def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
+    """Lines: where the seeds began, and where each arm ended."""
+    yield f"| arm | seeds | {' | '.join(COLUMNS.values())} |"
+    yield "| --- " * (len(COLUMNS) + 2) + "|"
+    every = [curve for curves in runs.values() for curve in curves]
+    seen = {json.dumps(curve[0]): curve[0] for curve in every}.values()  # starts of the same seed are one
+    ends = {"before": list(seen)}
+    for arm, curves in runs.items():
+        ends[arm] = [curve[-1] | {"gain": curve[-1]["truth"] - curve[0]["truth"]} for curve in curves]
+    for arm, values in ends.items():
+        cells = [[end[column] for end in values if column in end] for column in COLUMNS]
+        shown = " | ".join(interval(cell) if cell else "" for cell in cells)
+        yield f"| {arm} | {len(values)} | {shown} |"
+
+
 def write_tables(out: Path, rows: list[dict]) -> None:
-    """OUT/tables.md and a picture for each claim, of the runs so far."""
+    """OUT/tables.md, the end of the README beside OUT, and a picture of each claim, of the runs so far."""
     lines = []
     for name, claim in CLAIMS.items():
-        runs = defaultdict(list)
-        for row in rows:
-            if row["claim"] == name:
-                runs[row["arm"]].append(row["curve"])
-        if not runs:
-            continue
-        lines += [f"## {name}. {claim.title}", "", f"| arm | seeds | {' | '.join(COLUMNS.values())} |"]
-        lines.append("| --- " * (len(COLUMNS) + 2) + "|")
-        every = [curve for curves in runs.values() for curve in curves]
-        seen = {json.dumps(curve[0]): curve[0] for curve in every}.values()  # starts of the same seed are one
-        ends = {"before": list(seen)} | {arm: [curve[-1] for curve in curves] for arm, curves in runs.items()}
-        for arm, values in ends.items():
-            cells = [[end[column] for end in values if column in end] for column in COLUMNS]
-            shown = " | ".join(interval(cell) if cell else "" for cell in cells)
-            lines.append(f"| {arm} | {len(values)} | {shown} |")
-        lines.append("")
-        _draw(out / f"{name}.png", claim, runs)
-    (out / "tables.md").write_text("\n".join(lines))
+        for base in claim.bases:
+            runs = finished(claim, base, rows)
+            if not runs:
+                continue
+            if name == "e" and "no guard" in runs:
+                runs["stop on warning"] = [until_warned(curve) for curve in runs["no guard"]]
+            lines += [f"### {name}. {claim.title}: {base} base", "", *table(runs), ""]
+            _draw(out / f"{name}_{base}.png", f"{name}, {base} base", runs)
+            lines += [f"![{name}, {base} base]({out.name}/{name}_{base}.png)", ""]
+    text = "\n".join(lines)
+    (out / "tables.md").write_text(text.replace(f"({out.name}/", "("))
+    readme = out.parent / "README.md"
+    if readme.exists() and MARK in (old := readme.read_text()):
+        readme.write_text(old[: old.index(MARK)] + MARK + "\n" + text)
 
 
-def _draw(path: Path, claim: Claim, runs: dict[str, list[list[dict]]]) -> None:
+def _draw(path: Path, title: str, runs: dict[str, list[list[dict]]]) -> None:
     """Each arm's mean score by truth, itself and its frozen start, with the seeds behind."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(3 * len(runs), 3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(runs), figsize=(2.4 * len(runs), 2.6), sharey=True, squeeze=False)
     for axis, (arm, curves) in zip(axes[0], runs.items(), strict=True):
         for name, colour in {"truth": "tab:green", "own": "tab:blue", "frozen": "tab:orange"}.items():
             points = defaultdict(list)
@@ -196,12 +315,13 @@ def _draw(path: Path, claim: Claim, runs: dict[str, list[list[dict]]]) -> None:
                 axis.plot(list(points), [np.mean(values) for values in points.values()], colour, label=name)
                 for step, values in points.items():
                     axis.plot([step] * len(values), values, ".", color=colour, alpha=0.4)
-        axis.set(title=arm, xlabel="step")
+        axis.set_title(arm, fontsize=9)
+        axis.set_xlabel("step")
     axes[0][0].set_ylabel("score of held-out answers")
-    axes[0][0].legend()
-    figure.suptitle(claim.title)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -210,34 +330,30 @@ def main() -> None:
     parser.add_argument("--claims", default=",".join(CLAIMS), help="letters of the claims")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=10, help="seeds below it chose the settings")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=CHECKPOINT.parent / "study", help="results and tables")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="bases and runs")
     args = parser.parse_args()
     claims = args.claims.split(",")
-    if unknown := set(claims) - set(CLAIMS):
+    if unknown := {*claims} - {*CLAIMS, ""}:
         raise InputError(f"--claims: {sorted(unknown)} are not of {', '.join(CLAIMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(args.out.resolve() / "programs"))
+    jax.config.update("jax_compilation_cache_dir", str(args.work.resolve() / "programs"))
     results = args.out / "results.jsonl"
     rows = read_jsonl(results) if results.exists() else []
-    done = {(row["claim"], row["arm"], row["seed"]) for row in rows}
-    for name in claims:
-        claim = CLAIMS[name]
-        shared = [f"model={make_base(claim, args.out)}", *claim.recipe]
-        if name == "d":
-            lessons = args.out / "lessons.jsonl"
-            shared += [f"data.teacher={lessons}"]
-            if not lessons.exists():
-                write_lessons(TrainConfig.load("configs/demo.yaml", shared))
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for arm, overrides in claim.arms.items():
-                if (name, arm, seed) in done:
+    write_tables(args.out, rows)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name in filter(None, claims):
+            claim = CLAIMS[name]
+            for base, (arm, keys) in ((b, a) for b in claim.bases for a in claim.arms.items()):
+                run = {"base": base, "keys": [*claim.recipe, *keys], "seed": seed}
+                if any(run.items() <= row.items() for row in rows):
                     continue
-                place = f"run_dir={args.out / name / arm.translate(PLAIN)}_{seed}"
-                config = TrainConfig.load("configs/demo.yaml", [*shared, *overrides, f"seed={seed}", place])
-                row = {"claim": name, "arm": arm, "seed": seed, "curve": run_arm(config)}
+                place = args.work / "runs" / f"{name}_{base}_{arm.replace(' ', '_')}_{seed}"
+                start = time.time()
+                rows.append(run | run_arm(recipe(base, run["keys"], seed, args.work, place)))
+                print(f"{name} {base} {arm} {seed}: {time.time() - start:.0f} s", flush=True)
                 with results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                rows.append(row)
+                    file.write(json.dumps(rows[-1]) + "\n")
                 write_tables(args.out, rows)
     print((args.out / "tables.md").read_text())
 

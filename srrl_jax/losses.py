@@ -18,7 +18,9 @@ def group_advantages(
 
     - "std": (r_i - mean r) / (s + eps), DeepSeekMath (arXiv 2402.03300) section 4.1.2;
     - "mean": r_i - mean r, Dr. GRPO (2503.20783) section 3.2;
-    - "leave_one_out": r_i - mean of the others = (r_i - mean r) k / (k - 1), RLOO (2402.14740) eq. 8.
+    - "leave_one_out": r_i - mean of the others = (r_i - mean r) k / (k - 1), RLOO (2402.14740) eq. 8;
+    - "best": 1 for the group's best (the first of several), 0 for the others, so that an update is one of
+      supervised learning from the best of k: RAFT (2304.06767).
 
     >>> rewards = np.array([[1.0, 0.0, 0.5]])  # of one prompt's three responses
     >>> group_advantages(rewards, how="mean").tolist()
@@ -49,8 +51,11 @@ def group_advantages(
             centred = centred * count / others
         case "mean":
             pass
+        case "best":
+            best = jnp.where(valid, rewards, -jnp.inf).argmax(-1, keepdims=True)
+            centred = jnp.where(jnp.arange(rewards.shape[-1]) == best, 1.0, 0.0)
         case _:
-            raise ValueError(f"advantage {how!r} is not one of std, mean, leave_one_out")
+            raise ValueError(f"advantage {how!r} is not one of std, mean, leave_one_out, best")
     # By comparison: where all rewards are equal, their rounded mean may still differ from them.
     varies = rewards.max(-1, keepdims=True, where=valid, initial=-jnp.inf) > rewards.min(
         -1, keepdims=True, where=valid, initial=jnp.inf

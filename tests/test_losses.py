@@ -41,13 +41,15 @@ def advantages_oracle(rewards, valid, how, eps=1e-6):
         for g in np.flatnonzero(ok):
             if how == "leave_one_out":
                 out[n, g] = row[g] - np.mean([row[i] for i in np.flatnonzero(ok) if i != g])
+            elif how == "best":
+                out[n, g] = g == next(i for i in np.flatnonzero(ok) if row[i] == row[ok].max())
             else:
                 scale = row[ok].std(ddof=1) + eps if how == "std" else 1.0
                 out[n, g] = (row[g] - row[ok].mean()) / scale
     return out
 
 
-HOW = ["std", "mean", "leave_one_out"]
+HOW = ["std", "mean", "leave_one_out", "best"]
 
 
 @quick
@@ -62,7 +64,8 @@ def test_advantages(data, how):
     assert actual.dtype == jnp.float32
     expected = advantages_oracle(rewards.astype(np.float32), valid, how)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.where(valid, actual, 0).sum(-1), 0, atol=1e-4)
+    if how != "best":
+        np.testing.assert_allclose(np.where(valid, actual, 0).sum(-1), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -83,10 +86,12 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(group_advantages(rewards, valid, "mean"), plain, atol=1e-6)
     others = [[0.75, -0.75, 0, 0], [0, 0, 0, 0], [-1 / 3, 1 / 3, -1 / 3, 1 / 3]]
     np.testing.assert_allclose(group_advantages(rewards, valid, "leave_one_out"), others, atol=1e-6)
+    best = [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    np.testing.assert_array_equal(group_advantages(rewards, valid, "best"), best)
 
 
 def test_advantages_of_another_kind():
-    with pytest.raises(ValueError, match="'median' is not one of std, mean, leave_one_out"):
+    with pytest.raises(ValueError, match="'median' is not one of std, mean, leave_one_out, best"):
         group_advantages(np.zeros((1, 2)), how="median")
 
 

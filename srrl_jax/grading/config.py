@@ -46,11 +46,14 @@ class JudgeConfig(AskingConfig):
       max_new_tokens: limit of a verdict with its explanation.
       verdict: "generate" samples a reply with an explanation; "constrained" draws true or false alone,
         "logits" takes the likelier of the two (see `Grader`).
+      calibrate: "controls" has what is not written out decided against the same criteria on an empty answer
+        (see `Grader`).
       thinking: whether the chat template asks for a <think> block.
     """
 
     max_new_tokens: int = 256
     verdict: Literal["generate", "constrained", "logits"] = "generate"
+    calibrate: Literal["none", "controls"] = "none"
     thinking: bool = False
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
 
@@ -60,6 +63,11 @@ class JudgeConfig(AskingConfig):
             raise InputError(f"max_new_tokens: must be at least 1, not {self.max_new_tokens}")
         if self.verdict == "logits" and self.votes > 1:
             raise InputError("votes: verdicts from logits are all the same; set 1, or verdict: constrained")
+        if self.verdict == "generate" and self.calibrate != "none":
+            raise InputError(
+                f"calibrate: {self.calibrate} moves the threshold of a probability, which a reply that is "
+                "written out has none of; set it none, or verdict: logits"
+            )
         for key in ("together", "thinking"):
             if self.verdict != "generate" and getattr(self, key):
                 raise InputError(

@@ -34,6 +34,10 @@ class Grader:
         the sampler's temperature; "logits" takes the likelier.
       tries: replies sampled for a criterion before it is unscorable ("generate").
       thinking: passed on to the chat template.
+      calibrate: "controls" also asks each criterion with positive points about an empty answer, once for each
+        conversation, and takes its log-odds there, where they are above 0, off those of the answer: to be met
+        it must be likelier than by nothing. Other criteria, which an empty answer may well meet, lose the
+        median of that over their rubric. Without effect on "generate".
       votes: replies (draws) for each criterion, of which the majority counts; odd.
       together: ask for all criteria of a response in one query.
 
@@ -62,11 +66,13 @@ class Grader:
         verdict: Literal["generate", "constrained", "logits"] = "generate",
         tries: int = 3,
         thinking: bool = False,
+        calibrate: Literal["none", "controls"] = "none",
         votes: int = 1,
         together: bool = False,
     ):
         self.sampler, self.tokenizer, self.template = sampler, tokenizer, template
         self.verdict, self.tries, self.votes, self.together = verdict, tries, votes, together
+        self.calibrate = calibrate
         self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
 
     @classmethod
@@ -83,6 +89,7 @@ class Grader:
             verdict=config.verdict,
             tries=config.tries,
             thinking=config.thinking,
+            calibrate=config.calibrate,
             votes=config.votes,
             together=config.together,
         )
@@ -141,19 +148,29 @@ class Grader:
 
     def _forced(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
         """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
-        branches = [self.encode(items[i])[1] for i in rows]
-        given = [prefixes[i] for i in rows]
-        scores = self.sampler.score(params, given, branches, self.question.candidates, on_wave)
+        asked = [items[i] for i in rows]
+        controls = {_rubric(item): item._replace(response="") for item in asked}
+        if self.calibrate == "none":
+            controls.clear()
+        odds = self._log_odds(params, [*asked, *controls.values()], on_wave)
+        biases = dict(zip(controls, map(_bias, controls.values(), odds[len(rows) :]), strict=True))
+        odds = [row - biases.get(_rubric(item), 0.0) for item, row in zip(asked, odds, strict=False)]
         verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
         temperature = 0 if self.verdict == "logits" else self.sampler.sampling.temperature
         seed = jax.random.key_data(key).tolist()
-        for i, logprobs in zip(rows, scores, strict=True):
-            for c, odds in enumerate((logprobs[:, 0] - logprobs[:, 1]).astype(float)):
+        for i, row in zip(rows, odds, strict=True):
+            for c, odd in enumerate(row):
                 draws = np.random.default_rng([*seed, i, c]).random(self.votes)
-                votes = (draws < _sigmoid(odds / temperature)).tolist() if temperature else [bool(odds > 0)]
+                votes = (draws < _sigmoid(odd / temperature)).tolist() if temperature else [bool(odd > 0)]
                 met = 2 * sum(votes) > len(votes)
-                verdicts[i][c] = Verdict(met, "", 1, 0, float(_sigmoid(odds)), votes=votes)
+                verdicts[i][c] = Verdict(met, "", 1, 0, float(_sigmoid(odd)), votes=votes)
         return verdicts
+
+    def _log_odds(self, params, items, on_wave) -> list[np.ndarray]:
+        """Of true against false, float64 [criteria] for each item."""
+        prefixes, branches = zip(*map(self.encode, items), strict=True) if items else ((), ())
+        scores = self.sampler.score(params, prefixes, branches, self.question.candidates, on_wave)
+        return [(row[:, 0] - row[:, 1]).astype(float) for row in scores]
 
     def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
         """Samples replies and reads them; in 8 bits, also measures what these change in some of the first."""
@@ -203,6 +220,18 @@ class Grader:
             return stops, stops
         closing = closing_ids(self.tokenizer)
         return (*stops, *closing), (*stops, *stops[:1] * len(closing))
+
+
+def _rubric(item: GradingItem) -> str:
+    """What an empty answer to the conversation is graded by."""
+    return repr((item.prompt, item.criteria))
+
+
+def _bias(item: GradingItem, odds: np.ndarray) -> np.ndarray:
+    """What to take off the log-odds of the criteria, from those on an empty answer; see `Grader`."""
+    positive = np.array([criterion.points > 0 for criterion in item.criteria])
+    above = np.maximum(odds, 0.0)
+    return np.where(positive, above, np.median(above[positive]) if positive.any() else 0.0)
 
 
 def _sigmoid(x: float) -> float:

@@ -1,16 +1,17 @@
 """The oracle: is a criterion of the tiny world met by a text? Decided by program, for any text.
 
 A criterion about an item is met only by a whole sentence that advises the item in one of the
-known forms, so bare keywords, negations and half sentences do not count. Training never imports
-this module: it makes the labels of the pretraining corpus and the reports after the fact.
+known forms, so bare keywords, negations and half sentences do not count. Training imports this module
+only where a recipe names it (`judge`): it makes the labels of the pretraining corpus and the reports
+after the fact.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from srrl_jax.rubrics import Example, score_response
+from srrl_jax.rubrics import Criterion, Example, Message, score_response
 from srrl_jax.tinyworld.world import ITEMS, STYLE
 
 _MEALS = frozenset(ITEMS["time"].values())
@@ -92,6 +93,11 @@ def evidence(response: str, criterion: str) -> str | None:
 def oracle(response: str, criterion: str) -> bool:
     """The truth of one verdict. Raises ValueError for a criterion that is not of this world."""
     return evidence(response, criterion) is not None
+
+
+def judge(conversation: Sequence[Message], response: str, criteria: Sequence[Criterion]) -> list[bool]:
+    """The oracle as a grader, which nothing fools: `grader=srrl_jax.tinyworld.oracle:judge` in a recipe."""
+    return [oracle(response, criterion.criterion) for criterion in criteria]
 
 
 def oracle_score(example: Example | Mapping[str, Any], response: str) -> float:

@@ -140,7 +140,7 @@ class LossConfig:
         of the checkpoint's config.json.
     """
 
-    advantage: Literal["std", "mean", "leave_one_out"] = "std"
+    advantage: Literal["std", "mean", "leave_one_out", "best"] = "std"
     ratio: Literal["token", "sequence"] = "token"
     aggregate: Literal["token", "sequence", "constant"] = "token"
     clip_low: float = 0.2

@@ -118,3 +118,32 @@ def test_closing_tokens_of_the_embedded_tokenizer():
     tokenizer = load_tokenizer(WORLD / "checkpoint")
     texts = {tokenizer.decode([i]) for i in closing_ids(tokenizer)}
     assert texts == {"}", '", "criteria_met": true}', '", "criteria_met": false}'}
+
+
+def test_controls_take_what_an_empty_answer_is_given_off_the_odds(grader, params, items):
+    plain, calibrated = (
+        grader(verdict="logits", calibrate=how).grade(params, items, KEY) for how in ("none", "controls")
+    )
+    empty = grader(verdict="logits").grade(params, [item._replace(response="") for item in items], KEY)
+
+    def odds(row):
+        return np.array([np.log(v.probability / (1 - v.probability)) for v in row])
+
+    moved = 0
+    for item, before, after, control in zip(items, plain, calibrated, empty, strict=True):
+        positive = np.array([c.points > 0 for c in item.criteria])
+        bias = np.maximum(odds(control), 0)
+        bias[~positive] = np.median(bias[positive])
+        np.testing.assert_allclose(odds(after), odds(before) - bias, atol=1e-3)
+        assert [v.met for v in after] == (odds(after) > 0).tolist()
+        moved += (bias > 0.1).sum()
+    assert moved  # else nothing was tried
+
+
+def test_an_empty_answer_meets_nothing_under_its_own_control(grader, params, items):
+    empty = [item._replace(response="") for item in items]
+    rows = grader(verdict="logits", calibrate="controls").grade(params, empty, KEY)
+    pairs = [
+        (c, v) for item, row in zip(items, rows, strict=True) for c, v in zip(item.criteria, row, strict=True)
+    ]
+    assert not any(v.met for c, v in pairs if c.points > 0)

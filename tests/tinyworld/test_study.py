@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from srrl_jax.telemetry import read_jsonl
+from srrl_jax.tinyworld import easy_rows
 from srrl_jax.training import TrainConfig
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -17,32 +19,53 @@ def study():
         import study
 
         yield study
-        for name in ("study", "demo", "teacher_share"):
+        for name in ("study", "demo", "hacking", "teacher_share"):
             sys.modules.pop(name, None)
 
 
 def test_a_table_has_the_mean_and_its_interval_over_seeds(study, tmp_path):
     assert study.interval([1.0, 2.0, 3.0]) == "2.000 ± 2.484"  # 4.303 x 1 / sqrt(3)
     assert study.interval([0.5]) == "0.500"
-    rows = [
-        {
-            "claim": "d",
-            "arm": arm,
-            "seed": seed,
-            "curve": [{"steps": 0, "truth": 0.2}, {"steps": 5, "truth": end}],
-        }
-        for seed in (0, 1)
-        for arm, end in {"one": 0.4 + 0.2 * seed, "other": 0.3}.items()
-    ]
-    study.write_tables(tmp_path, rows)
-    lines = (tmp_path / "tables.md").read_text().splitlines()
-    assert any(line.startswith("| one | 2 | 0.500 ± 1.271 |") for line in lines)
-    assert any(line.startswith("| other | 2 | 0.300 ± 0.000 |") for line in lines)
-    assert (tmp_path / "d.png").stat().st_size > 0
+    claim, (readme, out) = study.CLAIMS["e"], (tmp_path / "README.md", tmp_path / "study")
+    readme.write_text(f"Kept.\n{study.MARK}Old.")
+    out.mkdir()
+
+    def run(arm: str, seed: int, *truth: float) -> dict:
+        curve = [{"steps": 3 * i, "truth": t, "warned": i == 1} for i, t in enumerate(truth)]
+        return {"base": "weak", "keys": [*claim.recipe, *claim.arms[arm]], "seed": seed, "curve": curve}
+
+    rows = [run("no guard", seed, 0.2, 0.35, 0.4 + 0.2 * seed) for seed in (0, 1)]
+    rows += [run("KL 0.05", 0, 0.2, 0.3), rows[0] | {"base": "strong"}]
+    study.write_tables(out, rows)
+    text = (out / "tables.md").read_text()
+    assert "| before | 1 | 0.200 |" in text  # both seeds began alike
+    assert "| no guard | 2 | 0.500 ± 1.271 | 0.300 ± 1.271 |" in text
+    assert "| KL 0.05 | 1 | 0.300 | 0.100 |" in text
+    assert "| stop on warning | 2 | 0.350 ± 0.000 |" in text  # at the second evaluation of "no guard"
+    assert "strong base" not in text  # which the claim is not about
+    assert (out / "e_weak.png").stat().st_size > 0
+    shown = readme.read_text()
+    assert shown.startswith("Kept.") and "| no guard | 2 |" in shown and "Old." not in shown
+
+
+def test_rubrics_are_changed_as_the_arms_say(study, tmp_path):
+    study.write_rows(tmp_path)
+    rows = {name: read_jsonl(tmp_path / "rows" / f"{name}.jsonl") for name in ("equal", "noisy", "few")}
+    given = easy_rows()
+    for i, row in enumerate(given):
+        equal, noisy, few = (rows[name][i]["rubrics"] for name in ("equal", "noisy", "few"))
+        assert [r["points"] for r in equal] == [5 if r["points"] > 0 else -5 for r in row["rubrics"]]
+        assert [r["points"] for r in noisy] == [r["points"] for r in row["rubrics"]]
+        assert len(few) == (len(row["rubrics"]) + 1) // 2 and any(r["points"] > 0 for r in few)
+        assert all(r in row["rubrics"] for r in few)
+    same = [a == b for row, new in zip(given, rows["noisy"], strict=True)
+            for a, b in zip(row["rubrics"], new["rubrics"], strict=True)]  # fmt: skip
+    assert 0.66 < sum(same) / len(same) < 0.74
 
 
 def test_the_arms_of_all_claims_are_recipes(study):
     for claim in study.CLAIMS.values():
         for overrides in claim.arms.values():
-            keys = ["data.teacher=lessons.jsonl", *claim.recipe, *overrides]
+            keys = [key.format(work="runs/study") for key in (*claim.recipe, *overrides)]
             assert TrainConfig.load("configs/demo.yaml", keys).steps
+        assert {*claim.bases} <= {*study.BASES}

@@ -173,6 +173,7 @@ KEYS = {
     "grading.verdict": Key("logits", roles),
     "grading.votes": Key("3", roles),
     "grading.together": Key("true", roles),
+    "grading.calibrate": Key("controls", roles, LOGITS),
     "grading.tries": Key("1", roles),
     "grading.thinking": Key("true", roles, ("model={thinking}",)),
     "grading.int8": Key("weights_kv", roles),
