@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from srrl_jax.errors import InputError
-from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, fields_of, runtime_of
+from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, Temperature, fields_of, finite, runtime_of
 from srrl_jax.rubrics_cli import app as rubrics_app
 from srrl_jax.starting import init, list_recipes
 from srrl_jax.viewer.command import view
@@ -77,10 +77,10 @@ def _train(
         str | None, typer.Option(envvar="SRRL_COORDINATOR", metavar="HOST:PORT", help="Address of process 0.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(envvar="SRRL_PROCESSES", help="Number of processes.")
+        int | None, typer.Option(envvar="SRRL_PROCESSES", min=1, help="Number of processes.")
     ] = None,
     process: Annotated[
-        int | None, typer.Option(envvar="SRRL_PROCESS", help="Number of this process, from 0.")
+        int | None, typer.Option(envvar="SRRL_PROCESS", min=0, help="Number of this process, from 0.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compile all programs, say what they take, and stop there.")
@@ -116,16 +116,24 @@ def _plan(
     slices: Annotated[int, typer.Option(min=1, help="Equal slices, over the mesh axis slice.")] = 1,
     as_json: Json = False,
     completion: Annotated[
-        float | None, typer.Option(help="Mean tokens of a completion; by default half of the limit.")
+        float | None,
+        typer.Option(
+            min=1, callback=finite, help="Mean tokens of a completion; by default half of the limit."
+        ),
     ] = None,
     verdict: Annotated[
-        float | None, typer.Option(help="Mean tokens of the grader's reply; by default half of the limit.")
+        float | None,
+        typer.Option(
+            min=1, callback=finite, help="Mean tokens of the grader's reply; by default half of the limit."
+        ),
     ] = None,
-    criteria: Annotated[float, typer.Option(help="Mean number of criteria of a row.")] = 12,
-    tries: Annotated[float, typer.Option(help="Mean replies to a criterion.")] = 1,
-    longest_prompt: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 4096,
-    longest_criterion: Annotated[int, typer.Option(help="Tokens of the longest criterion.")] = 256,
-    most_criteria: Annotated[int, typer.Option(help="Criteria of the row that has most.")] = 48,
+    criteria: Annotated[
+        float, typer.Option(min=1, callback=finite, help="Mean number of criteria of a row.")
+    ] = 12,
+    tries: Annotated[float, typer.Option(min=1, callback=finite, help="Mean replies to a criterion.")] = 1,
+    longest_prompt: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 4096,
+    longest_criterion: Annotated[int, typer.Option(min=1, help="Tokens of the longest criterion.")] = 256,
+    most_criteria: Annotated[int, typer.Option(min=1, help="Criteria of the row that has most.")] = 48,
 ) -> None:
     """Compile a recipe for devices that are not here: does it fit (else exit code 1), how long is it?"""
     from srrl_jax.planning.chips import Topology
@@ -175,7 +183,9 @@ def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) ->
 def _export(
     run_dir: Annotated[str, typer.Argument(help="A run directory.")],
     out: Annotated[str, typer.Argument(help="The directory to write.")],
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Step of the checkpoint; the newest by default.")
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights in the files.")
     ] = "float32",
@@ -193,7 +203,7 @@ def _export(
 @app.command("replay")
 def _replay(
     run_dir: Annotated[str, typer.Argument(help="A run directory.")],
-    step: Annotated[int, typer.Option(help="A training step of it, counted from 1.")],
+    step: Annotated[int, typer.Option(min=1, help="A training step of it, counted from 1.")],
     as_json: Json = False,
 ) -> None:
     """Compute a step of a run again from its logs, and compare; exit code 1 where something differs."""
@@ -220,8 +230,10 @@ def _replay(
 def _check(
     source: Annotated[str, typer.Argument(metavar="FILE", help="A file of rows, a directory, or a hub id.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer measures.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt, as rendered.")] = None,
-    max_points: Annotated[float, typer.Option(help="Most points of a criterion, in size.")] = 10,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, as rendered.")] = None,
+    max_points: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Most points of a criterion, in size.")
+    ] = 10,
     thinking: Annotated[bool, typer.Option(help="Render prompts with thinking on.")] = False,
     field: Fields = None,
     as_json: Json = False,
@@ -277,10 +289,10 @@ def _sample(
     out: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="A line of each sample; again resumes.")],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples of each row.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    temperature: Temperature = 0.6,
     top_k: Annotated[int, typer.Option(min=0)] = 20,
-    top_p: Annotated[float, typer.Option()] = 0.95,
-    min_p: Annotated[float, typer.Option()] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, callback=finite)] = 0.95,
+    min_p: Annotated[float, typer.Option(min=0, max=1, callback=finite)] = 0.0,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at one time.")] = 8,
     dtype: Dtype = "float32",
@@ -333,7 +345,7 @@ def _grade(
     together: Together = False,
     template: Template = "shared",
     max_new_tokens: VerdictTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    temperature: Temperature = 0.6,
     tries: Tries = 3,
     thinking: GraderThinks = False,
     batch: Annotated[int, typer.Option(min=1, help="Responses at one time.")] = 8,
@@ -365,14 +377,16 @@ def _evaluate(
     where: Annotated[list[str] | None, typer.Option(metavar="TAG", help="As in data convert.")] = None,
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="Temperature of responses.")] = 0.6,
+    temperature: Temperature = 0.6,
     thinking: Annotated[bool, typer.Option(help="Let MODEL think before it answers.")] = False,
     verdict: Verdict = "generate",
     votes: Votes = 1,
     together: Together = False,
     template: Template = "shared",
     grader_max_new_tokens: VerdictTokens = 256,
-    grader_temperature: Annotated[float, typer.Option(min=0, help="Temperature of verdicts.")] = 0.6,
+    grader_temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Of the verdicts; 0 is greedy.")
+    ] = 0.6,
     grader_thinking: GraderThinks = False,
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or responses to grade, at one time.")] = 8,
@@ -381,7 +395,10 @@ def _evaluate(
     seed: Seed = 0,
     field: Fields = None,
     length_penalty: Annotated[
-        float, typer.Option(min=0, help="Of the length-adjusted score, for 500 characters beyond 2000.")
+        float,
+        typer.Option(
+            min=0, callback=finite, help="Of the length-adjusted score, for 500 characters beyond 2000."
+        ),
     ] = 0.0147,
     as_json: Json = False,
 ) -> None:
@@ -431,7 +448,7 @@ def _meta_evaluate(
     together: Together = False,
     template: Template = "shared",
     max_new_tokens: VerdictTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Temperature of verdicts.")] = 0.6,
+    temperature: Temperature = 0.6,
     thinking: GraderThinks = False,
     tries: Tries = 3,
     batch: Annotated[int, typer.Option(min=1, help="Responses to grade at one time.")] = 8,

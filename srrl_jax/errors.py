@@ -1,8 +1,10 @@
 """The one error that a user can mend."""
 
 import dataclasses
-import math
+import traceback
 from typing import Any
+
+_LARGEST = 3.4e38  # of float32, about
 
 
 class InputError(ValueError):
@@ -13,13 +15,20 @@ class InputError(ValueError):
     """
 
 
+def told(error: Exception) -> str:
+    """What somebody's own code raised, and where: "KeyError: 'a' (/home/me/mine.py:3)"."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" ({last.filename}:{last.lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def check_finite(value: Any, key: str = "") -> None:
-    """Refuses numbers that are infinite or NaN in a dataclass, and in all that it holds.
+    """Refuses numbers that are NaN, or infinite in float32, in a dataclass and in all that it holds.
 
     Raises:
       InputError: names the first, by `key` and the keys below it.
     """
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not abs(value) < _LARGEST:
         raise InputError(f"{key}: must be a finite number, not {value}")
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from srrl_jax.errors import InputError
+from srrl_jax.errors import InputError, told
 
 
 def import_object(path: str, key: str) -> Any:
@@ -22,8 +22,9 @@ def import_object(path: str, key: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
         return found
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a module does when it is imported
+        known = isinstance(error, ImportError | AttributeError | ValueError)
         raise InputError(
-            f"{key}: cannot import {path}: {error}; give package.module:name of what is installed or lies in "
-            "the working directory"
+            f"{key}: cannot import {path}: {error if known else told(error)}; give package.module:name of "
+            "what is installed or lies in the working directory"
         ) from None

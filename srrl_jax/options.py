@@ -4,9 +4,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from srrl_jax.errors import InputError, check_finite
+
 if TYPE_CHECKING:
     from srrl_jax.evaluation.judge import Runtime
 
+
+def finite(value: float | None) -> float | None:
+    """What every option of a float has as its callback: NaN passes a range."""
+    try:
+        check_finite(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error).removeprefix(": ")) from None
+    return value
+
+
+Temperature = Annotated[float, typer.Option(min=0, callback=finite, help="Of the replies; 0 is greedy.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs, not a table.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Dtype = Annotated[

@@ -5,14 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, fields_of, runtime_of
+from srrl_jax.options import Dtype, Fields, Json, Mesh, Seed, Temperature, fields_of, runtime_of
 
 app = typer.Typer(
     help="Rubrics for prompts that have none, and rubrics put to the test.", no_args_is_help=True
 )
 
 Batch = Annotated[int, typer.Option(min=1, help="Prompts at one time.")]
-Temperature = Annotated[float, typer.Option(min=0)]
 Tokens = Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")]
 
 

@@ -1,19 +1,24 @@
 """Bad input ends with one message on stderr and exit code 2, before anything is compiled."""
 
+import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
+import typer
 import yaml
 from safetensors.numpy import load_file, save_file
 
 from srrl_jax import cli
+from srrl_jax.options import finite
 from srrl_jax.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +81,28 @@ def test_bad_values(refused):
     assert "form key=value" in refused("steps")
     assert "at least 2" in refused("group_size=1")
     assert "asks for a multiple of 1024 devices" in refused("mesh.data=1024")
+
+
+def commands(app):
+    for group in app.registered_groups:
+        yield from commands(group.typer_instance)
+    for command in app.registered_commands:
+        yield command.callback
+
+
+def test_every_number_among_the_options_has_a_least_value_and_is_finite():
+    numbers = 0
+    for command in commands(cli.app):
+        for name, annotation in inspect.get_annotations(command).items():
+            kind, *info = get_args(annotation) or [annotation]
+            if {int, float} & {kind, *get_args(kind)}:
+                numbers += 1
+                assert info[0].min is not None, (command.__name__, name)
+                assert info[0].callback is finite or float not in {kind, *get_args(kind)}, name
+    assert numbers > 40
+    for value in (math.nan, math.inf, 1e39):
+        with pytest.raises(typer.BadParameter, match="must be a finite number"):
+            finite(value)
 
 
 def test_files_that_are_not_there(refused, tmp_path):
@@ -190,6 +217,7 @@ def test_jax_starts_with_our_settings_unless_the_user_has_some(tmp_path, given):
     program = """
 import os, sys
 from srrl_jax import cli
+from srrl_jax.options import finite
 sys.argv = ["srrl", "--help"]
 try:
     cli.main()

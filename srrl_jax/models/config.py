@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -144,14 +145,17 @@ class Qwen3Config:
         return tuple(layer not in dense for layer in range(self.num_hidden_layers))
 
     @classmethod
-    def from_hf(cls, source: dict[str, Any] | str | Path) -> Self:
+    def from_hf(cls, source: dict[str, Any] | str | Path, where: str = "config.json") -> Self:
         """Reads a parsed `config.json`, its path (here or gs://), or that of the directory that holds it.
 
+        Args:
+          source: fields, or a path.
+          where: the file that fields are from, for messages.
+
         Raises:
-          InputError: a required field is missing, or a field asks for something that this
+          InputError: a required field is missing or no number, or a field asks for something that this
             network does not compute (the message names the field).
         """
-        where = "config.json"
         if not isinstance(source, dict):
             path = epath.Path(source)
             path = path / "config.json" if path.is_dir() else path
@@ -162,54 +166,52 @@ class Qwen3Config:
                 raise InputError(f"{path}: no such file; give a checkpoint directory") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        if not isinstance(source, dict):
+            raise InputError(f"{where}: must hold a JSON object; fetch it again")
         fields = dict(source)
 
         model_type = fields.pop("model_type", None)
-        if model_type not in _ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
             raise InputError(
                 f"{where}: model_type {model_type!r} is not supported; use a checkpoint of "
                 f"{', '.join(_ARCHITECTURES)}"
             )
-        try:
-            sizes = {
-                name: int(fields.pop(name))
-                for name in (
-                    "vocab_size",
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                )
-            }
-        except KeyError as error:
-            raise InputError(f"{where}: field {error.args[0]!r} is missing") from None
-        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+
+        def take(name: str, kind: type = int, default: Any = None) -> Any:
+            return _take(fields, name, where, kind, default)
+
+        names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+        sizes = {name: take(name) for name in names}
+        heads, hidden, layers = (sizes[name] for name in (names[4], names[1], names[3]))
         llama = model_type == "llama"
-        # Where the file is silent, the defaults of transformers.
-        default_heads = {"llama": None, "qwen3_moe": 4}.get(model_type, 32)
-        kv_heads = fields.pop("num_key_value_heads", default_heads)
-        positions = int(fields.pop("max_position_embeddings", 2048 if llama else 32768))
-        bias = bool(fields.pop("attention_bias", False))
+        # Where the file is silent, the defaults of transformers; null is one head for each query head.
+        silent = {"llama": heads, "qwen3_moe": 4}.get(model_type, 32)
+        kv_heads = silent if "num_key_value_heads" not in fields else heads
+        positions = take("max_position_embeddings", default=2048 if llama else 32768)
+        bias = take("attention_bias", bool, False)
         theta, scaling = read_rope(fields, positions, where)
         sliding = _sliding_moe if model_type == "qwen3_moe" else _sliding
-        window, layer_types = sliding(fields, sizes["num_hidden_layers"])
-        config = cls(
-            **sizes,
-            num_key_value_heads=heads if kv_heads is None else int(kv_heads),
-            head_dim=int(fields.pop("head_dim", None) or (128 if model_type == "qwen3" else hidden // heads)),
-            rms_norm_eps=float(fields.pop("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=window,
-            layer_types=layer_types,
-            max_position_embeddings=positions,
-            tie_word_embeddings=bool(fields.pop("tie_word_embeddings", False)),
-            qk_norm=model_type in ("qwen3", "qwen3_moe"),
-            qkv_bias=bias or model_type == "qwen2",
-            o_bias=bias and model_type != "qwen2",
-            moe=_read_moe(fields, sizes["num_hidden_layers"], where) if model_type == "qwen3_moe" else None,
-            model_type=model_type,
-        )
+        window, layer_types = sliding(fields, layers, where)
+        try:
+            config = cls(
+                **sizes,
+                num_key_value_heads=take("num_key_value_heads", default=kv_heads),
+                head_dim=take("head_dim", default=128 if model_type == "qwen3" else hidden // heads),
+                rms_norm_eps=take("rms_norm_eps", float, 1e-6),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                sliding_window=window,
+                layer_types=layer_types,
+                max_position_embeddings=positions,
+                tie_word_embeddings=take("tie_word_embeddings", bool, False),
+                qk_norm=model_type in ("qwen3", "qwen3_moe"),
+                qkv_bias=bias or model_type == "qwen2",
+                o_bias=bias and model_type != "qwen2",
+                moe=_read_moe(fields, layers, where) if model_type == "qwen3_moe" else None,
+                model_type=model_type,
+            )
+        except InputError as error:  # of the config's own checks, which know no path
+            raise InputError(str(error).replace("config.json", where, 1)) from None
         _refuse_what_is_left(fields, where)
         return config
 
@@ -237,46 +239,81 @@ class Qwen3Config:
         }
 
 
-def _sliding(fields: dict[str, Any], layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+def _take(fields: dict[str, Any], name: str, where: str, kind: type = int, default: Any = None) -> Any:
+    """Takes a field out of `fields`; `default` where it is missing or null, and that is None an error.
+
+    Args:
+      kind: int is a whole number from 1 on, float a number from 0 on, bool true or false.
+    """
+    value = fields.pop(name, None)
+    if value is None and default is None:
+        raise InputError(f"{where}: field {name!r} is missing; take it from the model's own config.json")
+    value = default if value is None else value
+    if kind is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif kind is int:
+        fits, wanted = type(value) is int and 0 < value < 2**31, "a whole number from 1 on"
+    else:
+        fits, wanted = type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on"
+    if not fits:
+        raise InputError(
+            f"{where}: {name} must be {wanted}, not {value!r}; take it from the model's own config.json"
+        )
+    return kind(value)
+
+
+def _sliding(fields: dict[str, Any], layers: int, where: str) -> tuple[int | None, tuple[str, ...] | None]:
     """Takes the window and the layers' kinds out of `fields`, as Qwen3Config of transformers 5.23 does."""
-    used = fields.pop("use_sliding_window", False)
-    window = fields.pop("sliding_window", 4096)
+    used, window = _window(fields, where)
     first = fields.pop("max_window_layers", 28)
     kinds = fields.pop("layer_types", None)
-    window = window if used else None
+    if used and type(first) is not int:
+        raise InputError(f"{where}: max_window_layers must be a whole number, not {first!r}")
     if kinds is None:
-        slides = [window is not None and layer >= first for layer in range(layers)]
-        kinds = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
-    kinds = tuple(kinds)
-    return (None, None) if kinds == ("full_attention",) * layers else (window, kinds)
+        kinds = [
+            "sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)
+        ]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise InputError(f"{where}: layer_types must be a list of names, not {kinds!r}")
+    return (None, None) if kinds == ["full_attention"] * layers else (window, tuple(kinds))
 
 
-def _sliding_moe(fields: dict[str, Any], layers: int) -> tuple[int | None, tuple[str, ...] | None]:
+def _sliding_moe(
+    fields: dict[str, Any], layers: int, where: str
+) -> tuple[int | None, tuple[str, ...] | None]:
     """As `_sliding`, for Qwen3-MoE: there every layer slides or none, whatever max_window_layers says."""
-    used = fields.pop("use_sliding_window", False)
-    window = fields.pop("sliding_window", 4096)
+    used, window = _window(fields, where)
     fields.pop("max_window_layers", None)
-    return (window, ("sliding_attention",) * layers) if used and window is not None else (None, None)
+    return (window, ("sliding_attention",) * layers) if used else (None, None)
+
+
+def _window(fields: dict[str, Any], where: str) -> tuple[bool, int | None]:
+    """Whether layers slide, and the window; none where it is null or not used."""
+    null = fields.get("sliding_window", 4096) is None
+    window = _take(fields, "sliding_window", where, default=4096)
+    used = _take(fields, "use_sliding_window", where, bool, False) and not null
+    return used, window if used else None
 
 
 def _read_moe(fields: dict[str, Any], layers: int, where: str) -> MoEConfig:
     """Takes the experts out of `fields`; where the file is silent, the defaults of transformers."""
     # Published files say num_experts, transformers 5 writes num_local_experts.
-    counts = {fields.pop(name) for name in ("num_experts", "num_local_experts") if name in fields} or {128}
+    names = [name for name in ("num_experts", "num_local_experts") if name in fields] or ["num_experts"]
+    counts = {_take(fields, name, where, default=128) for name in names}
     if len(counts) > 1:
         raise InputError(f"{where}: num_experts and num_local_experts differ; keep one")
-    step = int(fields.pop("decoder_sparse_step", 1))
-    if step < 1:
-        raise InputError(f"{where}: decoder_sparse_step ({step}) must be positive")
-    dense = fields.pop("mlp_only_layers", None) or ()
+    step = _take(fields, "decoder_sparse_step", where, default=1)
+    dense = fields.pop("mlp_only_layers", None) or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise InputError(f"{where}: mlp_only_layers must be a list of whole numbers, not {dense!r}")
     fields.pop("output_router_logits", None)  # an output of transformers, not a change of the network
     return MoEConfig(
-        num_experts=int(counts.pop()),
-        num_experts_per_tok=int(fields.pop("num_experts_per_tok", 8)),
-        moe_intermediate_size=int(fields.pop("moe_intermediate_size", 768)),
-        norm_topk_prob=bool(fields.pop("norm_topk_prob", False)),
+        num_experts=counts.pop(),
+        num_experts_per_tok=_take(fields, "num_experts_per_tok", where, default=8),
+        moe_intermediate_size=_take(fields, "moe_intermediate_size", where, default=768),
+        norm_topk_prob=_take(fields, "norm_topk_prob", where, bool, False),
         mlp_only_layers=tuple(i for i in range(layers) if i in dense or (i + 1) % step),
-        router_aux_loss_coef=float(fields.pop("router_aux_loss_coef", 0.001)),
+        router_aux_loss_coef=_take(fields, "router_aux_loss_coef", where, float, 0.001),
     )
 
 

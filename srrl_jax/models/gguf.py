@@ -202,7 +202,7 @@ def _config(path: Path, reader: _Reader, architecture: str, tensors: dict) -> Qw
             f"{path}: metadata {', '.join(odd)} is not supported, so the weights might be run "
             "wrongly; use another checkpoint"
         )
-    return Qwen3Config.from_hf(hf)
+    return Qwen3Config.from_hf(hf, where=str(path))
 
 
 def _with_factors(path: Path, config: Qwen3Config, factors: np.ndarray, given: bool) -> Qwen3Config:

@@ -59,7 +59,7 @@ class Tokenizer(abc.ABC):
         quoted = [{key: self.quote(text) for key, text in message.items()} for message in messages]
         try:
             return self._render(quoted, thinking)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program
             raise InputError(f"the chat template refuses the messages: {error}") from None
 
     @abc.abstractmethod
@@ -164,14 +164,14 @@ class _SentencePiece(Tokenizer):
             return index if pieces.id_to_piece(index) == token else None
 
         self._named = {  # what transformers passes to a template
-            key: _content(config[key])
+            key: _content(directory, key, config[key])
             for key in ("bos_token", "eos_token", "unk_token", "pad_token")
             if config.get(key)
         }
         extra = [
-            _content(token)
+            _content(directory, key, token)
             for key in ("additional_special_tokens", "extra_special_tokens")
-            for token in config.get(key) or ()
+            for token in _listed(directory, key, config.get(key))
         ]
         special = {token: find(token) for token in [*self._named.values(), *extra]}
         unknown = [token for token, index in special.items() if index is None]
@@ -219,13 +219,28 @@ class _SentencePiece(Tokenizer):
         )
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _content(directory: Path, key: str, token: Any) -> str:
+    """The text of a special token, which a file has as a text or as an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise InputError(
+            f"{directory / 'tokenizer_config.json'}: {key} must be a token's text, not {token!r}"
+        )
+    return text
+
+
+def _listed(directory: Path, key: str, tokens: Any) -> list[Any]:
+    if not isinstance(tokens or [], list):
+        raise InputError(f"{directory / 'tokenizer_config.json'}: {key} must be a list, not {tokens!r}")
+    return tokens or []
 
 
 def _stop_ids(directory: Path, eos: int | None, find, size: int) -> tuple[int, ...]:
-    listed = read_json(directory / "generation_config.json").get("eos_token_id")
+    file = directory / "generation_config.json"
+    listed = read_json(file).get("eos_token_id")
     listed = listed if isinstance(listed, list) else [listed]
+    if not all(i is None or type(i) is int and i >= 0 for i in listed):
+        raise InputError(f"{file}: eos_token_id must be a token's id, or a list of them, not {listed}")
     candidates = [eos, find("<|im_end|>"), find("<|endoftext|>"), *listed]
     stop = tuple(dict.fromkeys(i for i in candidates if i is not None and i < size))
     if not stop:
@@ -248,6 +263,8 @@ def _template(directory: Path, config: dict[str, Any]) -> tuple[str, jinja2.Temp
     text = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
     if not text:
         raise _no_template(directory)
+    if not isinstance(text, str):
+        raise InputError(f"{directory / 'tokenizer_config.json'}: chat_template must be a text")
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)

@@ -25,7 +25,7 @@ from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.mfu import update_mfu
 from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, open_teacher, other_judges
-from srrl_jax.training.own import GraderFunction, Reward, bring
+from srrl_jax.training.own import GraderFunction, Reward, bring, try_out
 from srrl_jax.training.records import completion_metrics, rates, sample_rows, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
 from srrl_jax.training.run import check_identity, check_processes, check_run, load_tasks, run_programs
@@ -76,6 +76,7 @@ def train(
     identity = run_tasks.identity | own.identity
     check_processes(config, identity)
     changes += check_identity(config, identity)
+    try_out(own, tasks[0].example, config.group_size)
     mesh = make_mesh(config.mesh)
 
     with (
@@ -126,10 +127,12 @@ def train(
                 groups = answer(weights, tasks, config.group_size, rollout_key, "rollout")
                 # 2. The same weights (or frozen ones, a teacher, one's own grader) judge all by all criteria.
                 grader = judge(config.judge, weights, grade_key)
+                longest, keys = config.rollout.max_new_tokens, (config.seed, step)
                 with session.phase("grade") as on_wave:
                     graded = grade(grader, tokenizer, tasks, groups, on_wave)
-                longest, keys = config.rollout.max_new_tokens, (config.seed, step)
-                rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward, keys)
+                    rewards = training_rewards(
+                        tasks, groups, graded, config.reward, longest, own.reward, keys
+                    )
                 return groups, graded, rewards
 
             def evaluate(step: int) -> tuple[dict, list]:

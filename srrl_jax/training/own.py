@@ -5,13 +5,14 @@ import hashlib
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from srrl_jax.errors import InputError
+from srrl_jax.errors import InputError, told
 from srrl_jax.grading import GradingItem, Judge, Verdict
 from srrl_jax.imports import import_object
 from srrl_jax.parallel import gather, is_main
@@ -52,9 +53,11 @@ def call_reward(reward: Reward, group: Group) -> list[float]:
     """What `reward` gives for a group, checked.
 
     Raises:
-      InputError: it is not one finite number for each response; NaN may stay where the rubric's is NaN.
+      InputError: it raises an error, or it is not one finite number for each response; NaN may stay where
+        the rubric's is NaN.
     """
-    values = reward(group)
+    with _named(f"reward {name_of(reward)}", f"on {group.example.prompt_id}"):
+        values = reward(group)
     try:
         found = np.asarray(values, np.float32)
     except (TypeError, ValueError):
@@ -73,7 +76,7 @@ def call_reward(reward: Reward, group: Group) -> list[float]:
 class OwnJudge:
     """A grader of one's own as `Judge`: process 0 asks it, all get its verdicts.
 
-    Raises InputError where it does not give one verdict for each criterion.
+    Raises InputError where it raises an error, or does not give one verdict for each criterion.
     """
 
     grader: Judge | GraderFunction
@@ -87,13 +90,14 @@ class OwnJudge:
         return [[Verdict(*v) for v in row] for row in of_main(lambda: self._grade(items, on_wave))]
 
     def _grade(self, items, on_wave) -> list[list[Verdict]]:
-        if hasattr(self.grader, "grade"):
-            given = list(self.grader.grade(items, on_wave))
-        else:
-            given = []
-            for item in items:
-                given.append(self.grader(item.prompt, item.response, item.criteria))
-                on_wave(len(given), len(items))
+        with _named(f"grader {name_of(self.grader)}", f"on {len(items)} responses"):
+            if hasattr(self.grader, "grade"):
+                given = list(self.grader.grade(items, on_wave))
+            else:
+                given = []
+                for item in items:
+                    given.append(self.grader(item.prompt, item.response, item.criteria))
+                    on_wave(len(given), len(items))
         if len(given) != len(items):
             raise InputError(
                 f"grader {name_of(self.grader)}: gave {len(given)} rows of verdicts on {len(items)} responses"
@@ -162,12 +166,29 @@ def bring(
         if thing is not None:
             if not (callable(thing) or (key == "grader" and hasattr(thing, "grade"))):
                 raise InputError(f"{key}: {name_of(thing)} is not a function, but {thing!r}")
+            _check_signature(key, thing)
             identity[key] = _digest(thing)
     if rows is not None:
         rows = list(rows)
         _check_rows(rows)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train="rows"))
     return Own(config, reward or rubric_reward, OwnJudge(grader) if grader else None, rows, identity)
+
+
+def try_out(own: Own, example: Example, responses: int) -> None:
+    """Asks a reward and a grader of one's own about a made-up answer to a row, before anything expensive.
+
+    Raises:
+      InputError: what they give, or that they fail.
+    """
+    text = "This is an answer to try the recipe with."
+    if own.judge:
+        own.judge.grade([GradingItem(example.prompt, text, example.rubrics)])
+    if own.reward is not rubric_reward:
+        n = responses
+        verdicts = [_sure(False) for _ in example.rubrics]
+        group = Group(example, [text] * n, [verdicts] * n, [9] * n, [False] * n, np.zeros(n, np.float32))
+        of_main(lambda: call_reward(own.reward, group))
 
 
 def name_of(thing: Any) -> str:
@@ -188,6 +209,37 @@ def of_main(compute: Callable[[], Any]) -> Any:
     if isinstance(first, str):
         raise InputError(first)
     return first
+
+
+@contextmanager
+def _named(what: str, on: str) -> Iterator[None]:
+    """An error of somebody's own code as an InputError that says whose and where."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: failed {on}: {told(error)}; mend it, then run the same command") from error
+
+
+def _check_signature(key: str, thing: Any) -> None:
+    """Refuses what cannot be called as rewards or graders are."""
+    if key == "reward":
+        called, arguments = thing, ("group",)
+    elif hasattr(thing, "grade"):
+        called, arguments = thing.grade, ("items", "on_wave")
+    else:
+        called, arguments = thing, ("conversation", "response", "criteria")
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # not in Python
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise InputError(
+            f"{key} {name_of(thing)}: is called with ({', '.join(arguments)}), but takes {signature}"
+        ) from None
 
 
 def _sure(met: bool) -> Verdict:

@@ -65,6 +65,7 @@ class Session:
         self._compiled: list[Compiled] = []  # ahead, all that was known
         self._state: TrainState | None = None
         self._metrics: dict[str, float] = {}
+        self._phase = ""  # the one under way, or the one that failed
 
     def __enter__(self) -> Self:
         c = self._config.checkpoint
@@ -164,8 +165,10 @@ class Session:
         if name in _SAFE:
             self._preemption.check()
         self._beat(name)
+        self._phase = name
         with fits(name, self._compiled), self._live.phase(name):
             yield progress
+        self._phase = ""
         self._took(name, time.perf_counter() - start)
 
     def _beat(self, phase: str, note: str = "") -> None:
@@ -236,7 +239,10 @@ class Session:
         if not isinstance(error, Preempted):
             # Of several processes another may have been lost first; the run goes on with its next start.
             told = isinstance(error, InputError) or jax.process_count() == 1
-            if isinstance(error, DoesNotFit) and self._state is not None:
+            # A judge that fails does so on all processes; a full disk has no room for a checkpoint.
+            judged = isinstance(error, InputError) and self._phase in ("grade", "eval")
+            judged &= not isinstance(error and error.__cause__, OSError)
+            if (judged or isinstance(error, DoesNotFit)) and self._state is not None:
                 # After an update the arrays of the step before are given away.
                 if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):
                     self._save()

@@ -212,6 +212,36 @@ def test_refuses_what_it_does_not_compute(fields, message):
         Qwen3Config.from_hf({**QWEN3, **fields})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "abc"),
+        ("hidden_size", None),
+        ("vocab_size", -1),
+        ("num_hidden_layers", 1.5),
+        ("intermediate_size", 2**40),
+        ("head_dim", [64]),
+        ("max_position_embeddings", True),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", "1e6"),
+        ("tie_word_embeddings", "false"),
+        ("sliding_window", {}),
+        ("layer_types", 3),
+        ("model_type", ["qwen3"]),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_file(tmp_path, field, value):
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN3, field: value}))
+    with pytest.raises(InputError, match=rf"config\.json: .*{field}"):
+        Qwen3Config.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["num_experts", "moe_intermediate_size", "mlp_only_layers"])
+def test_a_field_of_experts_of_another_type_is_named(field):
+    with pytest.raises(InputError, match=field):
+        Qwen3Config.from_hf({**QWEN3, "model_type": "qwen3_moe", field: "many"})
+
+
 def test_missing_field_and_broken_file_are_named(tmp_path):
     with pytest.raises(InputError, match="hidden_size"):
         Qwen3Config.from_hf({k: v for k, v in QWEN3.items() if k != "hidden_size"})

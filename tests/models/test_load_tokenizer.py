@@ -187,6 +187,9 @@ def test_template_may_refuse(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     with pytest.raises(InputError, match="no system role"):
         load_tokenizer(folder).render(CHAT, True)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    with pytest.raises(InputError, match="chat template.*concatenate"):
+        load_tokenizer(folder).render(CHAT, True)
 
 
 def test_template_is_sandboxed(folder):
@@ -210,3 +213,23 @@ def test_broken_files_are_named(folder, tmp_path):
         load_tokenizer(folder)
     with pytest.raises(InputError, match="tokenizer.json or tokenizer.model"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("tokenizer_config.json", "eos_token", 7),
+        ("tokenizer_config.json", "pad_token", {"text": "<pad>"}),
+        ("tokenizer_config.json", "extra_special_tokens", "<end>"),
+        ("tokenizer_config.json", "chat_template", 1.5),
+        ("generation_config.json", "eos_token_id", ["2"]),
+        ("generation_config.json", "eos_token_id", -1),
+    ],
+)
+def test_a_key_of_another_type_is_named_with_its_file(folder, file, key, value):
+    if key == "chat_template":
+        (folder / "chat_template.jinja").unlink()
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {key: value}))
+    with pytest.raises(InputError, match=rf"{file}: {key} must be"):
+        load_tokenizer(folder)

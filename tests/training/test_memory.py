@@ -1,6 +1,7 @@
 """Where a run does not fit the memory of its devices, it says what did not, and keeps what was computed."""
 
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +59,31 @@ def test_other_errors_stay_what_they_are():
         raise jax.errors.JaxRuntimeError("INTERNAL: bug")
 
 
-@pytest.mark.parametrize(("part", "given_away", "kept"), [("rollout", False, [1]), ("eval", True, [])])
-def test_steps_that_were_done_are_saved_where_their_state_is_there(recipe, tmp_path, part, given_away, kept):
+def judge_fails(disk: bool = False):
+    raise InputError("51.00GiB of mistakes") from (OSError() if disk else None)
+
+
+@pytest.mark.parametrize(
+    ("part", "fail", "given_away", "kept"),
+    [
+        ("rollout", refuse, False, [1]),
+        ("eval", refuse, True, []),
+        ("grade", judge_fails, False, [1]),
+        ("grade", partial(judge_fails, disk=True), False, []),
+    ],
+)
+def test_steps_that_were_done_are_saved_where_their_state_is_there(
+    recipe, tmp_path, part, fail, given_away, kept
+):
     state = TrainState({"w": jnp.ones(3)}, {"m": jnp.zeros(3)})
-    with pytest.raises(InputError, match=f"^{part}: does not fit"):
+    with pytest.raises(InputError, match=f"^{part}: does not fit" if fail is refuse else "mistakes"):
         with Session(recipe(tmp_path), [], {}) as session:
             session.resume(state)
             session.write(1, state, {"reward/mean": 0.5}, [])
             with session.phase(part):
                 if given_away:
                     jax.tree.map(lambda x: x.delete(), state)
-                refuse()
+                fail()
     assert [int(path.name) for path in (tmp_path / "checkpoints").iterdir()] == kept
     (failed,) = [row for row in read_jsonl(tmp_path / "events.jsonl") if row["event"] == "failed"]
     assert "51.00GiB" in failed["message"]

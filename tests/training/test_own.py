@@ -88,12 +88,54 @@ def test_a_function_and_an_object_with_grade_judge_alike():
         ("reward.function=json:nothing", "reward.function: cannot import json:nothing"),
         ("reward.function=json:__name__", "reward: .* is not a function"),
         ("grader=no_such_module:judge", "grader: cannot import no_such_module:judge: No module"),
+        ("grader=broken:judge", r"grader: cannot import broken:judge: ZeroDivisionError.*broken.py:1"),
         ("grader=someone", "grader: must be policy, frozen, teacher or package.module:name"),
     ],
 )
-def test_a_name_that_is_none_is_refused(recipe, tmp_path, override, message):
+def test_a_name_that_is_none_is_refused(recipe, tmp_path, monkeypatch, override, message):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=message):
         bring(recipe(tmp_path, override))
+
+
+class Greedy(Lenient):
+    def grade(self, items):
+        return super().grade(items)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"reward": lambda prompts, completions: []}, r"reward .*: is called with \(group\), but takes"),
+        ({"grader": lambda response: []}, r"grader .* \(conversation, response, criteria\), but takes"),
+        ({"grader": Greedy()}, r"grader .*Greedy: is called with \(items, on_wave\), but takes \(items\)"),
+    ],
+)
+def test_one_with_other_arguments_is_refused(recipe, tmp_path, own, message):
+    with pytest.raises(InputError, match=message):
+        bring(recipe(tmp_path), **own)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            {"reward": lambda group: group.tokens},
+            r"reward .*: failed on easy-0000: AttributeError.*own.py:\d+",
+        ),
+        ({"reward": lambda group: [1.0]}, "one finite number for each of the 2 responses to easy-0000"),
+        ({"grader": lambda *_: 1 / 0}, r"grader .*: failed on 1 responses: ZeroDivisionError.*own.py:\d+"),
+        ({"grader": lambda *_: [True] * 99}, "must give true, false, None or a Verdict for each"),
+    ],
+)
+def test_one_that_fails_is_tried_before_anything_is_compiled_or_written(
+    recipe, tmp_path, monkeypatch, own, message
+):
+    monkeypatch.setattr(loop, "make_mesh", lambda _: pytest.fail("went on"))
+    with pytest.raises(InputError, match=message):
+        train(recipe(tmp_path / "run"), **own)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_reward_calls_in_its_module_is_part_of_its_identity(recipe, tmp_path, monkeypatch):
