@@ -1,6 +1,6 @@
 """What a run leaves behind and shows while it lasts: logs, the live table, the HTML report.
 
-``srrl_jax.telemetry.report`` is imported on its own, because it pulls in matplotlib.
+``srrl_jax.telemetry.report`` is imported on its own, because it pulls in the index of samples.
 """
 
 from srrl_jax.telemetry.live import LiveTable

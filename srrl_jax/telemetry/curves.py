@@ -3,20 +3,13 @@
 from typing import NamedTuple
 
 
-class MetricPanel(NamedTuple):
-    """Lines over a common step axis, {metric: label}; a `fraction` has an axis from 0 to at most 1."""
-
-    heading: str
-    fraction: bool
-    lines: dict[str, str]
-
-
-class MetricChart(NamedTuple):
-    """Panels above each other, and what a reader should know of them."""
+class Chart(NamedTuple):
+    """Lines over the steps, {metric: label}; the axis of a `fraction` goes from 0 to at most 1."""
 
     title: str
     note: str
-    panels: list[MetricPanel]
+    fraction: bool
+    lines: dict[str, str]
 
 
 _REWARDS = {
@@ -39,23 +32,17 @@ _HACKING = (
     "A self-given reward that climbs while an outside score does not is reward hacking:"
     " the policy learns to please its own grader."
 )
-_MOVED = "How far the policy has moved from its reference, and how varied its sampling still is."
-_TRUNCATED = "Truncated ones reached the length limit without ending."
-_MET = "Fraction of criteria judged met. Unscorable verdicts could not be read and count neither way."
-_SIZES = "Size of the gradient, and the fraction of tokens where the policy ratio was clipped."
-
-_KL = MetricPanel("KL (nats a token)", False, {"kl": "KL to the reference"})
-_ENTROPY = MetricPanel("entropy (nats a token)", False, {"entropy": "Entropy"})
-_LENGTH = MetricPanel("tokens", False, {"completions/mean_length": "Mean length"})
-_SHARE = MetricPanel("fraction truncated", True, {"completions/truncated": "Truncated"})
-_GRADIENT = MetricPanel("gradient norm", False, {"grad_norm": "Gradient norm"})
+_MET = "Share of criteria judged met. Unscorable verdicts could not be read and count neither way."
 
 CHARTS = [
-    MetricChart("Reward", _HACKING, [MetricPanel("score", False, _REWARDS)]),
-    MetricChart("Distance and diversity", _MOVED, [_KL, _ENTROPY]),
-    MetricChart("Completions", _TRUNCATED, [_LENGTH, _SHARE]),
-    MetricChart("Grader", _MET, [MetricPanel("fraction", True, _VERDICTS)]),
-    MetricChart("Updates", _SIZES, [_GRADIENT, MetricPanel("fraction clipped", True, _CLIPPED)]),
+    Chart("Reward", _HACKING, False, _REWARDS),
+    Chart("Grader", _MET, True, _VERDICTS),
+    Chart("Distance", "From its reference, nats a token.", False, {"kl": "KL to the reference"}),
+    Chart("Diversity", "How varied sampling still is, nats a token.", False, {"entropy": "Entropy"}),
+    Chart("Length", "Tokens of a completion.", False, {"completions/mean_length": "Mean length"}),
+    Chart("Truncated", "Reached the limit without ending.", True, {"completions/truncated": "Truncated"}),
+    Chart("Gradient", "Its norm, over all weights.", False, {"grad_norm": "Gradient norm"}),
+    Chart("Clipped", "Share of tokens whose policy ratio was clipped.", True, _CLIPPED),
 ]
 
 TILES = {

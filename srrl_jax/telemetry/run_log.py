@@ -131,19 +131,19 @@ def _line(step: int, row: Mapping) -> bytes:
 
 
 def _encode(row: dict) -> bytes:
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
     # A grader may write half of a surrogate pair; its backslash form is what JSON asks for.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """``value`` in JSON's types: array scalars unwrapped, non-finite numbers to None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "item"):  # a NumPy or JAX scalar
-        return _plain(value.item())
+        return plain(value.item())
     return value

@@ -4,6 +4,8 @@ Each is written by its own library, an extra of this package, and set up as that
 variables, login). None of them is needed for a run or its report.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -64,7 +66,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project WANDB_PROJECT, by default `srrl`."""
+    """A run of the project WANDB_PROJECT, by default `srrl`.
+
+    Offline its service writes blocks of 32 KiB: steps of the last one are not in its files after a SIGKILL.
+    """
 
     def __init__(self, run_dir: epath.Path, config: dict, id: str | None):
         import wandb
@@ -126,7 +131,10 @@ class Trackio:
 
         self._table = trackio.Table
         self.id = id or f"{run_dir.name}-{uuid.uuid4().hex[:8]}"
-        self._run = trackio.init(project=PROJECT, name=self.id, config=config, resume="allow", embed=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it colours what it says, terminal or not
+            self._run = trackio.init(
+                project=PROJECT, name=self.id, config=config, resume="allow", embed=False
+            )
 
     def write(self, step: int, metrics: dict[str, float], samples: Sequence[dict]) -> None:
         self._run.log(metrics | {"samples": _table(self._table, samples)}, step=step)

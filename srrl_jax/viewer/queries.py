@@ -58,10 +58,15 @@ def overview(index: Index, params: Params) -> dict:
     number = index.run(params.get("run", ""))
     run = index.runs[number]
     metrics = read_metrics(run.folder) if run.logs[0] else []
-    names = dict.fromkeys(key for row in metrics for key in row if key != "step")
+    names = [
+        *(key for chart in CHARTS for key in chart.lines),
+        *TILES,
+        *(f"time/{phase}" for phase in PHASES),
+    ]
     curves = {
-        name: [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
-        for name in names
+        name: curve
+        for name in dict.fromkeys(names)
+        if (curve := [(row["step"], row[name]) for row in metrics if row.get(name) is not None])
     }
     config = run.folder / "config.yaml"
     events = run.events()

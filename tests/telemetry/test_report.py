@@ -1,10 +1,9 @@
-"""The report: what it shows, what it leaves out, and that it trusts no completion."""
+"""The data in the report's page, and that it trusts no completion; `viewer/test_viewer.py` sees it drawn."""
 
+import json
 import re
-import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
-import matplotlib
 import pytest
 
 from srrl_jax.errors import InputError
@@ -25,37 +24,22 @@ METRICS = {
     "grader/met_rate_negative": 0.3,
 }
 TIMES = {"time/rollout": 2.0, "time/grade": 3.0, "time/update": 1.0}  # fmt: skip
-CHARTS = ["Reward", "Distance and diversity", "Completions", "Grader", "Updates", "Time"]
-VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
 
 
 class Page(HTMLParser):
-    """Collects headings and attributes, and fails on tags that do not nest."""
+    """The tags of a page, its attributes, and the data that it draws."""
 
     def __init__(self, path):
         super().__init__()
         self.html = path.read_text(encoding="utf-8")
-        self.tags, self.attributes, self.open, self.headings = [], [], [], []
+        self.tags, self.attributes = [], []
         self.feed(self.html)
-        assert self.open == []
+        (text,) = re.findall(r'id="data">(.*?)</script>', self.html, re.DOTALL)
+        self.data = json.loads(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "h3":
-            self.headings.append(data)
 
 
 def sample(step, reward, response="Certainly.", split="train", **more):
@@ -87,27 +71,25 @@ def run_dir(tmp_path):
 
 
 def test_whole_report(run_dir):
-    path = write_report(
-        run_dir,
-        curves={"Oracle <b> $x_1$": [(0, 0.1), (50, 0.6)], "Nothing": []},
-        table=[{"what": "Hard oracle score", "before": 0.31, "after": 0.62},
-               {"what": "Grader", "before": None, "after": "n/a"}],
-        title="A & B",
-    )  # fmt: skip
+    table = [{"what": "Grader", "before": None, "after": "n/a"}]
+    curves = {"Oracle": [(0, 0.1), (25, None), (50, float("nan"))], "Nothing": []}
+    path = write_report(run_dir, curves=curves, table=table, title="A & B")
     assert path == run_dir / "report.html"
     page = Page(path)
-    assert page.headings == CHARTS
-    assert page.html.count("<svg") == len(CHARTS)
-    assert "A &amp; B" in page.html
-    assert "Oracle &lt;b&gt; $x_1$ <b>0.60</b>" in page.html
-    for fact in ("tiny", "easy.jsonl", "5 min 00 s"):
-        assert f"<dd>{fact}</dd>" in page.html
-    assert "<td>0.31</td>" in page.html and "+0.31" in page.html
-    samples = ("low 1", "high 1", "low 50", "high 50")
-    for text in (*samples, "It says 18:00.", "unscorable", "+5", "−8"):
-        assert f">{text}<" in page.html
-    assert ">low 25<" not in page.html
-    assert ">5 of 8.5 points<" in page.html
+    assert "<title>A &amp; B</title>" in page.html and page.data["title"] == "A & B"
+    assert page.data["headline"] == table
+    facts = {"Model": "tiny", "Training rows": "easy.jsonl", "Seed": "3", "Steps": "50", "Time": "5 min 00 s"}
+    assert dict(page.data["facts"]) == facts
+    assert page.data["curves"]["outside/Oracle"] == [[0, 0.1]] and page.data["curves"]["kl"][-1] == [50, 0.01]
+    assert list(page.data["charts"][0][3])[-3:] == ["eval/own", "outside/Oracle", "outside/Nothing"]
+    (training,) = page.data["splits"]
+    assert [
+        (step["heading"], [row["response"] for _, row in step["shown"]]) for step in training["steps"]
+    ] == [
+        ("First step (1)", ["high 1", "low 1"]),
+        ("Last step (50)", ["high 50", "low 50"]),
+    ]
+    assert page.data["config"].startswith("model: tiny")
 
 
 def test_criteria_axes_and_the_samples_on_which_judges_differ(tmp_path):
@@ -119,90 +101,54 @@ def test_criteria_axes_and_the_samples_on_which_judges_differ(tmp_path):
         if step > 2:
             row["criteria"][0] |= {"frozen": False, "frozen_explanation": "It says nothing of a time."}
     RunLog(tmp_path).write(1, METRICS, rows)
-    page = Page(write_report(tmp_path))
-    assert page.headings == [*CHARTS[:-1], "Score by axis"]
-    assert "accuracy: 0.59 at step 1" in page.html  # 5 of 8.5 points of readable verdicts
-    differing = page.html[
-        page.html.index(">Where judges differ most<") : page.html.index(">Training samples<")
-    ]
-    assert differing.count("<b>frozen: not met</b> It says nothing of a time.") == 10
-    (criterion,) = re.findall(r">Names a time</div></th>(.*?)</tr>", page.html, re.DOTALL)
-    assert re.findall("<td>(.*?)</td>", criterion) == ["13", "100%", "100%", "0%", "15%", "100%", "–"]
+    data = Page(write_report(tmp_path)).data
+    ((step, score),) = data["curves"]["axis/accuracy"]
+    assert (step, score) == (1, pytest.approx(5 / 8.5))  # points of readable verdicts
+    assert data["judges"] == ["self", "frozen", "teacher"]
+    assert [row["criteria"][0]["frozen"] for _, row in data["disagreements"]] == [False] * 10
+    (criterion,) = (row for row in data["criteria"] if row["text"] == "Names a time")
+    shares = [criterion[name] for name in ("n", "met", "alike", "unscorable", "frozen", "teacher", "length")]
+    assert shares == [13, 1, 1, 0, pytest.approx(2 / 13), 1, None]
 
 
 def test_the_report_links_to_the_viewer_s_export_where_there_is_one(run_dir):
-    assert "view/index.html" not in Page(write_report(run_dir)).html
+    assert Page(write_report(run_dir)).data["viewer"] == ""
     (run_dir / "view").mkdir()
     (run_dir / "view/index.html").touch()
-    assert '<a href="view/index.html">' in Page(write_report(run_dir)).html
+    assert Page(write_report(run_dir)).data["viewer"] == "view/index.html"
 
 
-def test_report_asks_nothing_of_the_network_and_ids_are_unique(run_dir):
+def test_report_asks_nothing_of_the_network(run_dir):
     page = Page(write_report(run_dir))
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert "http" not in page.html and "@import" not in page.html
-    for name, value in page.attributes:
-        if name in ("href", "xlink:href", "src"):
-            assert value.startswith("#")
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
+    assert not {"link", "img", "iframe"} & set(page.tags) and "@import" not in page.html
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    (policy,) = (value for name, value in page.attributes if name == "content" and "default-src" in value)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
 
 
 def test_best_and_worst_come_first_and_the_rest_is_folded(tmp_path):
     rewards = [0.5, None, -0.4, 0.8] + [0.1] * MAX_FOLDED
-    rows = [sample(1, r, f"r{r}") for r in rewards]
-    RunLog(tmp_path).write(1, {}, rows)
-    html = Page(write_report(tmp_path)).html
-    places = [html.index(mark) for mark in (">r0.8<", ">r-0.4<", "<summary>", ">r0.5<")]
-    assert places == sorted(places)
-    assert f"{MAX_FOLDED} more of this step; another 2 are in samples.jsonl" in html
+    RunLog(tmp_path).write(1, {}, [sample(1, r, f"r{r}") for r in rewards])
+    (step,) = Page(write_report(tmp_path)).data["splits"][0]["steps"]
+    assert [(label, row["reward"]) for label, row in step["shown"]] == [("Best", 0.8), ("Worst", -0.4)]
+    assert [row["reward"] for _, row in step["rest"]] == [0.5] + [0.1] * (MAX_FOLDED - 1)
+    assert step["left_out"] == 2
 
 
-def test_completions_are_text_not_markup(tmp_path):
-    attack = "<script>alert(1)</script>\ud83d"
+def test_completions_cannot_end_the_script_that_holds_them(tmp_path):
+    attack = "</script><!--<script>alert(1)</script>\ud83d"
     row = sample(1, 1.0, attack, completion=f"<think>{attack}</think>{attack}")
     row["prompt"][0] = {"role": attack, "content": attack}
     row["criteria"][0] |= {"criterion": attack, "explanation": attack}
     RunLog(tmp_path).write(1, METRICS, [row])
     (tmp_path / "config.yaml").write_text("model: <script>alert(1)</script>\n")
     page = Page(write_report(tmp_path, {attack: [(1, 0.5)]}, [{"what": attack}], title=attack))
-    assert "script" not in page.tags
-    assert page.html.count("&lt;script&gt;alert(1)") >= 10
-
-
-@pytest.mark.parametrize("missing, left", [
-    (["kl", "entropy"], [c for c in CHARTS if c != "Distance and diversity"]),
-    (["kl"], CHARTS),
-    (list(TIMES), CHARTS[:-1]),
-    ([*METRICS, *TIMES], []),
-])  # fmt: skip
-def test_charts_without_metrics_are_left_out(tmp_path, missing, left):
-    metrics, times = (
-        {key: None if key in missing else value for key, value in given.items()} for given in (METRICS, TIMES)
-    )
-    RunLog(tmp_path).write(1, metrics, timings=times)
-    assert Page(write_report(tmp_path)).headings == left
+    assert page.tags.count("script") == page.html.count("</script") == 2 and "<!--" not in page.html
+    assert page.data["splits"][0]["steps"][0]["shown"][0][1]["response"] == attack.replace("\ud83d", "?")
 
 
 def test_a_run_that_has_logged_nothing(tmp_path):
     with pytest.raises(InputError, match=r"no metrics\.jsonl"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
-    assert "No step has been logged yet" in Page(write_report(tmp_path)).html
-
-
-def test_charts_are_well_formed_draw_the_data_and_leave_matplotlib_alone():
-    from srrl_jax.telemetry.charts import SERIES, Panel, Series, line_chart, stacked_chart
-
-    before = dict(matplotlib.rcParams)
-    line = Series("reward", [(step, step / 100) for step in range(101)], colour=1)
-    svg = line_chart([Panel("score", [line], fraction=True)], 500, 300)
-    slow = Series("rollout", [(1, 90.0)] + [(step, 2.0) for step in range(2, 60)])
-    stacked, remark = stacked_chart([slow], 500, 300)
-    assert dict(matplotlib.rcParams) == before
-    for picture, colour in ((svg, 1), (stacked, 0)):
-        ET.fromstring(picture.replace("xlink:href", "href"))
-        assert f"var(--series-{colour}, {SERIES[colour]})" in picture
-    assert remark == "Step 1 took 90 s and is cut off."
-    assert stacked_chart([Series("rollout", [(1, 2.0)])], 500, 300)[1] == ""
-    assert svg == line_chart([Panel("score", [line], fraction=True)], 500, 300)
+    assert Page(write_report(tmp_path)).data["curves"] == {}

@@ -16,6 +16,7 @@ import uvicorn
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.telemetry import RunLog, read_jsonl
+from srrl_jax.telemetry.report import write_report
 from srrl_jax.viewer import server
 from srrl_jax.viewer.export import export
 from srrl_jax.viewer.index import Index, criterion_key
@@ -451,3 +452,33 @@ def test_exported_files_answer_like_the_server(page, run, tmp_path):
                        ("compare", "One run is here"), ("label", "run srrl view RUN")):  # fmt: skip
         show(page, opened.as_uri(), view)
         assert text in page.inner_text("main")
+
+
+def test_the_report_is_drawn_with_its_policy_and_no_text_of_a_run_is_markup(page, run):
+    log = RunLog(run)
+    (run / "view").mkdir()
+    (run / "view/index.html").touch()
+    for step in range(3, 50):
+        log.write(step, {"reward/mean": step / 100}, timings={"time/rollout": 2.0})
+    log.write(50, {"reward/mean": 0.5}, timings={"time/rollout": 90.0})
+    report = write_report(
+        run, {f"Oracle {HOSTILE}": [(1, 0.25)]}, [{"what": HOSTILE, "before": 1.0, "after": 3}]
+    )
+    page.goto(report.as_uri())
+    charts = page.locator("figure h3").all_inner_texts()
+    assert charts == ["Reward", "Distance", "Score by axis", "Seconds"]  # what was logged
+    seen = page.inner_text("main")
+    for text in (
+        "they part",
+        "+2",
+        "Criteria to repair first",
+        "The start sees it otherwise.",
+        "points, −8 in penalties",
+    ):
+        assert text in seen
+    assert "Of each phase of a step. The most, 90, is cut off." in seen
+    assert page.get_by_role("link").all_inner_texts() == ["view/index.html"]
+    assert page.locator("main img, main script").count() == 0 and page.title() != "owned"
+    assert page.locator("figure .legend li").all_inner_texts()[2].startswith("Oracle <img src=x")
+    page.locator("summary").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -1,7 +1,7 @@
 // Line charts and bars as SVG.
 "use strict";
 
-const COLOURS = 6;
+const COLOURS = 7;
 
 function ticks(low, high, most) {
   const rough = (high - low) / most || 1;
@@ -12,14 +12,14 @@ function ticks(low, high, most) {
   return found;
 }
 
-// lines: [{label, points: [[step, value]], colour}]. Pointing at the chart shows the values of that step.
-function lineChart(title, note, lines, fraction = false) {
+// lines: [{label, points: [[step, value]], colour}]; values above `most` are cut off. Pointing at the chart shows the values of that step.
+function lineChart(title, note, lines, fraction = false, most = Infinity) {
   lines = lines.filter((line) => line.points.length);
   if (!lines.length) return null;
   const width = 460, height = 190, left = 52, bottom = 22, top = 8, right = 16;
   const all = lines.flatMap((line) => line.points);
   let [x0, x1] = [Math.min(...all.map((p) => p[0])), Math.max(...all.map((p) => p[0]))];
-  let [y0, y1] = [Math.min(...all.map((p) => p[1])), Math.max(...all.map((p) => p[1]))];
+  let [y0, y1] = [Math.min(...all.map((p) => p[1])), Math.min(most, Math.max(...all.map((p) => p[1])))];
   if (x0 === x1) [x0, x1] = [x0 - 1, x1 + 1];
   const margin = (y1 - y0) * 0.08 || Math.abs(y1) * 0.1 || 0.1;
   [y0, y1] = fraction ? [0, Math.max(Math.min(1.02, y1 * 1.15), 0.01)] : [y0 - margin, y1 + margin];
@@ -39,7 +39,7 @@ function lineChart(title, note, lines, fraction = false) {
   const svg = h("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" },
     ticks(y0, y1, 4).map((at) => [
       h("line.grid", { x1: left, x2: width - right, y1: y(at), y2: y(at) }),
-      h("text", { x: left - 6, y: y(at) + 4, "text-anchor": "end" }, String(at).replace("-", "−"))]),
+      h("text", { x: left - 6, y: y(at) + 4, "text-anchor": "end" }, minus(at))]),
     ticks(x0, x1, 6).filter(Number.isInteger).map((at) => h("text", { x: x(at), y: height - 5, "text-anchor": "middle" }, String(at))),
     lines.map((line) => {
       const colour = `s${line.colour % COLOURS}`, points = line.points, dots = points.length < 16 ? points : [];
@@ -70,7 +70,7 @@ function lineChart(title, note, lines, fraction = false) {
   const ends = (line) => [line.points[0], line.points.at(-1)].map(([step, value]) => `${number(value)} at step ${step}`);
   const said = lines.map((line) => `${line.label}: ${ends(line).join(", ")}`);
   return h("figure.panel",
-    h("figcaption", h("h3", { title: note }, title), when),
+    h("figcaption", h("h3", title), when), h("p.note", note),
     h("ul.legend", lines.map((line, i) => h("li", { class: `s${line.colour % COLOURS}` }, line.label, " ", values[i]))),
     h("div", { role: "img", "aria-label": `${title}. ${said.join("; ")}.` }, svg));
 }

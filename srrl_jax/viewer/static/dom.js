@@ -1,8 +1,6 @@
 // Elements, links and numbers. Text goes in as text nodes alone: nothing that a model wrote is ever parsed.
 "use strict";
 
-const JUDGES = ["self", "frozen", "teacher", "own"];
-
 // h("tag.class.class", { attribute: value, onEVENT: function }, child, [child, ...], ...); attributes may be left out.
 function h(what, ...children) {
   const [tag, ...classes] = what.split("."), attributes = children[0]?.constructor === Object ? children.shift() : {};
@@ -15,7 +13,7 @@ function h(what, ...children) {
     else if (name === "value" || name === "selected") node[name] = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -36,35 +34,37 @@ const change = (changes) => link(here().view, { ...here().params, ...changes });
 const go = (hash) => { location.hash = hash; };
 
 const number = (value) => {
-  if (value === null || value === undefined) return "–";
+  if (typeof value !== "number") return value ?? "–";
   const size = Math.abs(value);
   const digits = Number.isInteger(value) || size >= 1000 ? 0 : size >= 100 ? 0 : size >= 10 ? 1 : 2;
   if (size && size < 0.01) return value.toPrecision(2).replace("-", "−");
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
 };
+const minus = (value) => String(value).replace("-", "−"); // of rubric points, which are mostly whole
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 const percent = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)}%`);
 
 const empty = (title, text) => h("div.empty", h("h2", title), h("p", text));
 
-// Controls whose value is a parameter of the address.
-function choose(name, label, options, shown = (option) => option, none = "any") {
-  const now = here().params[name] || "";
-  const all = now && !options.includes(now) ? [now, ...options] : options;
-  return h("label", h("span", label),
-    h("select", { id: `f-${name}`, onchange: (event) => go(change({ [name]: event.target.value, page: "", open: "", beside: "", k: "" })) },
-      h("option", { value: "" }, none),
-      all.map((option) => h("option", { value: option, selected: option === now }, shown(option)))));
+// Controls whose value is a parameter of the address; to choose other rows closes the one that is open.
+const filtered = (changes) => change({ page: "", open: "", beside: "", k: "", ...changes });
+
+function control(name, label, tag, attributes, options) {
+  const onchange = (event) => go(filtered({ [name]: event.target.value.trim() }));
+  return h("label", { class: here().params[name] && "set" }, h("span", label), h(tag, { id: `f-${name}`, onchange, ...attributes }, options));
 }
 
-function type(name, label, hint, size = 8) {
-  return h("label", h("span", label),
-    h("input", { id: `f-${name}`, value: here().params[name] || "", placeholder: hint, size, autocomplete: "off",
-      onchange: (event) => go(change({ [name]: event.target.value.trim(), page: "", open: "", beside: "", k: "" })) }));
+function choose(name, label, options, shown = (option) => option, none = "any") {
+  const now = here().params[name] || "", all = now && !options.includes(now) ? [now, ...options] : options;
+  return control(name, label, "select", {}, [h("option", { value: "" }, none),
+    all.map((option) => h("option", { value: option, selected: option === now }, shown(option)))]);
 }
+
+const type = (name, label, placeholder, size) =>
+  control(name, label, "input", { value: here().params[name] || "", placeholder, size, autocomplete: "off" });
 
 // A table whose heads sort: columns are [key, head, title, cell].
-function table(columns, rows, { sort, attributes = () => ({}) }) {
+function table(columns, rows, { sort, attributes = () => ({}) } = {}) {
   const heads = columns.map(([key, head, title, , left]) => {
     const now = sort === key ? " ↑" : sort === `-${key}` ? " ↓" : "";
     const name = sort === undefined || !key ? head : h("a", { href: change({ sort: sort === `-${key}` ? key : `-${key}`, page: "" }) }, head + now);

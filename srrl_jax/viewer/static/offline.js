@@ -66,8 +66,7 @@ async function offline(question, params) {
   }
   const sort = params.sort || "-id", key = sort.replace("-", ""), way = sort[0] === "-" ? -1 : 1;
   found.sort((a, b) => (a[key] === null) - (b[key] === null) || way * (a[key] - b[key]) || a.id - b.id);
-  const known = found.filter((row) => row.reward !== null);
-  const mean = known.length ? known.reduce((sum, row) => sum + row.reward, 0) / known.length : null;
+  const known = found.map((row) => row.reward).filter((reward) => reward !== null);
   const start = 50 * Number(params.page || 0);
-  return { rows: found.slice(start, start + 50), total: found.length, mean, size: 50 };
+  return { rows: found.slice(start, start + 50), total: found.length, mean: mean(known), size: 50 };
 }
