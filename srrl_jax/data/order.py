@@ -1,5 +1,8 @@
 """Which rows a step trains on: a pure function of the step, so a resumed run needs no state."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -17,6 +20,17 @@ def step_rows(num_rows: int, prompts_per_step: int, step: int, seed: int) -> lis
     epochs = range(places[0] // num_rows, places[-1] // num_rows + 1)
     shuffled = {epoch: _shuffle(num_rows, epoch, seed) for epoch in epochs}
     return [int(shuffled[place // num_rows][place % num_rows]) for place in places]
+
+
+def draw_ids(rows: Sequence[int]) -> list[int]:
+    """A number for each row of a step to draw its completions with: of one that is there twice, as where a
+    step straddles an edge, each time another."""
+    seen: Counter[int] = Counter()
+    ids = []
+    for row in rows:
+        ids.append((row + seen[row] * 2**24) % 2**32)
+        seen[row] += 1
+    return ids
 
 
 def epochs_done(num_rows: int, prompts_per_step: int, step: int) -> float:

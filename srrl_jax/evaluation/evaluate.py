@@ -1,6 +1,7 @@
 """The score of a model on rows of HealthBench's kind: answers, verdicts, means."""
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 
 from srrl_jax.actor import Answer
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint
+from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, check_items
 from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines, write_results
 from srrl_jax.evaluation.scores import (
     ADJUSTED,
@@ -27,11 +28,19 @@ from srrl_jax.telemetry import iter_jsonl
 
 
 class Answers(NamedTuple):
-    """Who answers, and how: `answer(examples, repeats)` gives one answer for each pair of them."""
+    """Who answers, and how.
+
+    Attributes:
+      answer: gives one answer for each pair of an example and the number of its repeat.
+      longest: tokens that an answer may have; 0 where they are there already.
+      check: refuses examples that it cannot answer.
+    """
 
     name: str
     settings: dict[str, Any]
     answer: Callable[[Sequence[Example], Sequence[int]], list[Answer]]
+    longest: int = 0
+    check: Callable[[Sequence[Example]], None] = lambda examples: None
 
 
 class Result(NamedTuple):
@@ -59,7 +68,10 @@ def answers_of(checkpoint: Checkpoint, config: AnswerConfig, settings: dict[str,
         ids = [_id(example.prompt_id, repeat) for example, repeat in zip(examples, repeats, strict=True)]
         return checkpoint.answer([e.prompt for e in examples], ids, jax.random.key(seed), config)
 
-    return Answers(checkpoint.name, settings, answer)
+    def check(examples: Sequence[Example]) -> None:
+        checkpoint.check_prompts([(e.prompt_id, e.prompt) for e in examples], config)
+
+    return Answers(checkpoint.name, settings, answer, config.max_new_tokens, check)
 
 
 def ready_answers(name: str, path: str | Path, examples: Sequence[Example], repeats: int) -> Answers:
@@ -79,6 +91,12 @@ def ready_answers(name: str, path: str | Path, examples: Sequence[Example], repe
             f"{path} has fewer than {repeats} completions for {len(short)} of {len(examples)} rows, first "
             f"{short[0]}: add them, or choose rows with --where and --limit"
         )
+    if unused := sum(map(len, found.values())) - repeats * len(examples):
+        print(
+            f"srrl: {unused} completions of {path} are not used: they are of other rows, or more than "
+            f"{repeats} of one (--repeats)",
+            file=sys.stderr,
+        )
 
     def answer(examples: Sequence[Example], repeats: Sequence[int]) -> list[Answer]:
         texts = [found[e.prompt_id][repeat] for e, repeat in zip(examples, repeats, strict=True)]
@@ -86,6 +104,18 @@ def ready_answers(name: str, path: str | Path, examples: Sequence[Example], repe
 
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Answers(name, {"completions": str(path), "completions_sha256": digest}, answer)
+
+
+def check_lengths(answers: Answers, judges: Sequence[Judge], pairs: Sequence[tuple[Example, int]]) -> None:
+    """Refuses rows that are too long for who answers or judges. Raises InputError that lists them."""
+    answers.check([example for example, _ in pairs])
+    texts = [""] * len(pairs) if answers.longest else [a.response for a in answers.answer(*_apart(pairs))]
+    items = [
+        (example.prompt_id, GradingItem(example.prompt, text, example.rubrics))
+        for (example, _), text in zip(pairs, texts, strict=True)
+    ]
+    for judge in judges:
+        check_items(judge, items, answers.longest)
 
 
 def evaluate(
@@ -109,6 +139,8 @@ def evaluate(
       settings: what else decides the samples (rows, grader); kept in `out/settings.json`.
       length_penalty: of `length_adjusted`.
       on_progress: told responses done and their total.
+    Raises:
+      InputError: rows that are too long for who answers or judges, before anything is computed.
     """
     settings = {"model": answers.name, "grader": judge.name} | answers.settings | settings
     path = Path(out) / "samples.jsonl"
@@ -128,9 +160,10 @@ def evaluate(
             if (line := done.get((example.prompt_id, repeat)))
         ),
     )
+    check_lengths(answers, [judge], todo)
     for part in _chunks(todo, chunk):
         on_progress(len(done), len(wanted))
-        replies = answers.answer(*zip(*part, strict=True))
+        replies = answers.answer(*_apart(part))
         verdicts = judge.grade(
             [GradingItem(e.prompt, a.response, e.rubrics) for (e, _), a in zip(part, replies, strict=True)]
         )
@@ -191,6 +224,10 @@ def _sample(example: Example, repeat: int, answer: Answer, verdicts: Sequence[Ve
             for item, verdict in zip(example.rubrics, verdicts, strict=True)
         ],
     }
+
+
+def _apart(pairs: Sequence[tuple[Example, int]]) -> tuple[list[Example], list[int]]:
+    return [example for example, _ in pairs], [repeat for _, repeat in pairs]
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -79,6 +79,43 @@ class Checkpoint:
         self.identity = {"weights": f"{int(fingerprint(self.weights)):08x}"}
         self.identity |= zip(("tokenizer", "chat template"), texts, strict=True)
 
+    def check_prompts(self, prompts: Sequence[tuple[str, Sequence[Message]]], config: AnswerConfig) -> None:
+        """Refuses prompts, each with its name, that leave no room for a completion. Raises InputError."""
+        sizes = [
+            (name, len(encode_prompt(self.tokenizer, turns, config.thinking)[0])) for name, turns in prompts
+        ]
+        self._check(sizes, config.max_new_tokens, "prompts")
+
+    def check_items(
+        self, items: Sequence[tuple[str, GradingItem]], config: JudgeConfig, longest: int = 0
+    ) -> None:
+        """Refuses what is to be graded, each with its name, where it leaves no room for a verdict.
+
+        Args:
+          longest: tokens of the responses, where the items have none yet.
+        Raises:
+          InputError: lists them, the worst first.
+        """
+        rows, _ = Grader.at(config, self.tokenizer).lengths(item for _, item in items)
+        sizes = [
+            (name, row.prefix + longest + max(row.branches))
+            for (name, _), row in zip(items, rows, strict=True)
+        ]
+        self._check(sizes, config.max_new_tokens, "prompts of the grader, with response and criterion,")
+
+    def _check(self, sizes: Sequence[tuple[str, int]], new_tokens: int, what: str) -> None:
+        positions = self.model.config.max_position_embeddings
+        over = sorted((pair for pair in sizes if pair[1] + new_tokens > positions), key=lambda pair: -pair[1])
+        if over:
+            lines = [f"{name}: {size} tokens" for name, size in over[:20]]
+            lines += [f"and {len(over) - 20} more"] if len(over) > 20 else []
+            raise InputError(
+                f"{len(over)} {what} are with {new_tokens} new tokens over the {positions} positions of "
+                f"{self.name} (max_position_embeddings), the worst first:\n  "
+                + "\n  ".join(lines)
+                + "\nlower the limits of new tokens, or leave these rows out"
+            )
+
     def answer(
         self, prompts: Sequence[Sequence[Message]], ids: Sequence[int], key: jax.Array, config: AnswerConfig
     ) -> list[Answer]:
@@ -168,6 +205,12 @@ class CheckpointJudge:
         self, items: Sequence[GradingItem], on_wave: OnWave = lambda done, total: None
     ) -> list[list[Verdict]]:
         return self.checkpoint.grade(items, self.key, self.config, on_wave)
+
+
+def check_items(judge: Judge, items: Sequence[tuple[str, GradingItem]], longest: int = 0) -> None:
+    """Refuses what is too long for a judge whose positions are known, see `Checkpoint.check_items`."""
+    if isinstance(judge, CheckpointJudge):
+        judge.checkpoint.check_items(items, judge.config, longest)
 
 
 def identity_of(answering: Checkpoint | None, judge: Judge | None) -> dict[str, str]:

@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, Runtime, identity_of, open_judge
+from srrl_jax.evaluation.judge import (
+    AnswerConfig,
+    Checkpoint,
+    Runtime,
+    check_items,
+    identity_of,
+    open_judge,
+)
 from srrl_jax.evaluation.samples import append_lines, check_rows, open_lines
 from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.locking import sole_writer
@@ -63,6 +70,7 @@ def sample_file(
         lines = _open(out, settings | more, rows)
         done = {line["sample_id"] for line in lines}
         todo = [row for row in rows if any(f"{row[0]}:{j}" not in done for j in range(samples))]
+        checkpoint.check_prompts([(name, e.prompt) for name, _, e in todo], config)
         count, chunk = lambda line: line["tokens"], 4 * runtime.batch
         return _work(out, todo, chunk, run, "tokens", count, _completion_shares)
 
@@ -92,9 +100,12 @@ def grade_file(model: str, source: str, out: str, *, config: JudgeConfig, runtim
         done = {line["grade_id"] for line in _open(out, settings | more, rows)}
         todo = [row for row in rows if row[0] not in done]
 
+        items = {name: GradingItem(e.prompt, _response(row), e.rubrics) for name, row, e in todo}
+        check_items(judge, list(items.items()))
+
         def run(part: Sequence[Row]) -> Iterator[dict[str, Any]]:
-            items = [GradingItem(e.prompt, _response(row), e.rubrics) for _, row, e in part]
-            for (name, row, example), verdicts in zip(part, judge.grade(items), strict=True):
+            graded = judge.grade([items[name] for name, _, _ in part])
+            for (name, row, example), verdicts in zip(part, graded, strict=True):
                 judged = [
                     {"criterion": c.criterion, "points": c.points, "met": v.met, "probability": v.probability,
                      "explanation": v.explanation, "tries": v.tries} | v.logged

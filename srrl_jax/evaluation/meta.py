@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.agreement import Agreement, agreement, grader_pairs, mean, physician_pairs
+from srrl_jax.evaluation.judge import check_items
 from srrl_jax.evaluation.labels import LabelRow
 from srrl_jax.evaluation.samples import append_lines, open_lines, write_results
 from srrl_jax.grading import GradingItem, Judge
@@ -56,16 +57,17 @@ def grade_labels(
         if index not in done:
             responses[repr(row.prompt), row.response].append(index)
     groups = list(responses.values())
+    items = [
+        GradingItem(labels[g[0]].prompt, labels[g[0]].response, [labels[i].criterion for i in g])
+        for g in groups
+    ]
+    check_items(judge, [(f"row {g[0] + 1}", item) for g, item in zip(groups, items, strict=True)])
     for start in range(0, len(groups), chunk):
         on_progress(len(done), len(labels))
         part = groups[start : start + chunk]
-        items = [
-            GradingItem(labels[g[0]].prompt, labels[g[0]].response, [labels[i].criterion for i in g])
-            for g in part
-        ]
         lines = [
             {"row": index, "criteria_met": verdict.met, "explanation": verdict.explanation}
-            for group, row in zip(part, judge.grade(items), strict=True)
+            for group, row in zip(part, judge.grade(items[start : start + chunk]), strict=True)
             for index, verdict in zip(group, row, strict=True)
         ]
         append_lines(path, lines)

@@ -16,7 +16,7 @@ from srrl_jax.actor import Answer
 from srrl_jax.data import load_examples
 from srrl_jax.data.sources import Prompt, load_prompts
 from srrl_jax.errors import InputError
-from srrl_jax.evaluation.evaluate import ready_answers
+from srrl_jax.evaluation.evaluate import answers_of, check_lengths, ready_answers
 from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint, CheckpointJudge, Runtime, identity_of
 from srrl_jax.evaluation.samples import append_lines, open_lines
 from srrl_jax.grading import GradingItem, Judge, JudgeConfig, Teacher, TeacherConfig
@@ -166,6 +166,8 @@ def audit_rubrics(
             lines = open_lines(f"{out}/samples.jsonl", f"{out}/settings.json", settings)
             seen = {(line["prompt_id"], line["sample"]): line for line in lines}
             todo = [e for e in examples if any((e.prompt_id, k) not in seen for k in range(samples))]
+            answers = ready or answers_of(policy, answering, {}, runtime.seed)
+            check_lengths(answers, judges, [(e, k) for e in todo for k in range(samples if ready else 1)])
             for start in range(0, len(todo), runtime.batch):
                 part = todo[start : start + runtime.batch]
                 if ready:

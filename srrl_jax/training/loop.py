@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from srrl_jax.data import epochs_done, step_rows
+from srrl_jax.data import draw_ids, epochs_done, step_rows
 from srrl_jax.grading import Judge
 from srrl_jax.locking import sole_writer
 from srrl_jax.models.tokenizer import load_tokenizer
@@ -116,9 +116,9 @@ def train(
                 return actor.judge(weights, key)
 
             def answer(weights: Weights, tasks: list[Task], samples: int, key: jax.Array, phase: str) -> list:
-                prompts, rows = [task.prompt for task in tasks], [task.row for task in tasks]
+                prompts, ids = [task.prompt for task in tasks], draw_ids([task.row for task in tasks])
                 with session.phase(phase) as on_wave:
-                    return actor.answer(weights, prompts, samples, key, rows, on_wave)
+                    return actor.answer(weights, prompts, samples, key, ids, on_wave)
 
             def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
                 rollout_key, grade_key = keys_of(step, stream)

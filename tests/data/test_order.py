@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srrl_jax.data import epochs_done, step_rows
+from srrl_jax.data import draw_ids, epochs_done, step_rows
 
 
 @given(
@@ -25,6 +25,12 @@ def test_the_stream_does_not_depend_on_the_step_size():
         return [i for step in range(60 // size) for i in step_rows(10, size, step, 3)]
 
     assert stream(4) == stream(6) == stream(60)
+
+
+def test_a_row_that_is_twice_in_a_step_is_drawn_otherwise():
+    assert draw_ids([3, 1, 2]) == [3, 1, 2]
+    ids = draw_ids([3, 1, 3, 3])
+    assert ids[:2] == [3, 1] and len(set(ids)) == 4 and max(ids) < 2**32
 
 
 def test_epochs_and_seeds_are_shuffled_differently():

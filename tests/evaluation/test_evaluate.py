@@ -125,7 +125,7 @@ def write(path, *lines):
     return path
 
 
-def test_ready_answers_show_what_a_user_would_see(examples, tmp_path):
+def test_ready_answers_show_what_a_user_would_see(examples, tmp_path, capsys):
     lines = [
         {"prompt_id": e.prompt_id, "completion": f"<think>no</think> take {r}"}
         for r in (1, 2)
@@ -134,6 +134,9 @@ def test_ready_answers_show_what_a_user_would_see(examples, tmp_path):
     path = write(tmp_path / "done.jsonl", *lines)
     answers = ready_answers("x", path, examples, 2)
     assert [a.response for a in answers.answer(examples[:2], [0, 1])] == ["take 1", "take 2"]
+    assert not capsys.readouterr().err
+    ready_answers("x", path, examples[:-1], 1)
+    assert "8 completions of" in capsys.readouterr().err  # two of the last row, the second of six
     with pytest.raises(InputError, match="fewer than 3 completions for 7 of 7 rows, first hard-0000"):
         ready_answers("x", path, examples, 3)
     with pytest.raises(InputError, match="object 1: `completion` is missing: add a string"):
@@ -148,6 +151,18 @@ GRADING = (
     *("--template", WORLD / "grader.txt", "--grader-max-new-tokens", 20, "--grader-temperature", 1),
     *("--tries", 1, "--batch", 4),
 )
+
+
+def test_rows_that_are_too_long_are_listed_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("srrl_jax.evaluation.judge.Sampler", lambda *_, **__: pytest.fail("went on"))
+    rows = WORLD / "hard.jsonl"
+    for options, message in (
+        (("--max-new-tokens", 500), "prompts are with 500 new tokens over the 512 positions"),
+        (("--max-new-tokens", 20), r"prompts of the grader, .*worst first:\n  hard-00\d\d: \d{4} tokens"),
+    ):
+        with pytest.raises(InputError, match=message):
+            srrl("evaluate", WORLD / "checkpoint", rows, "--out", tmp_path / "out", *options, "--limit", 3)
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
 
 
 def test_the_embedded_model_answers_and_grades_itself(tmp_path):
