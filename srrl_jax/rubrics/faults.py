@@ -32,7 +32,10 @@ def _prompt(row: dict[str, Any]) -> Iterator[str]:
             yield f"`{where}` must be an object {form}, not {_is(turn)}"
             continue
         yield from _text(turn, "role", f"{where}.")
-        yield from _text(turn, "content", f"{where}.", may_be_empty=True)
+        if isinstance(turn.get("content"), list | tuple):
+            yield f"`{where}.content` has parts that are no text, which is all that is read: leave them out"
+        else:
+            yield from _text(turn, "content", f"{where}.", may_be_empty=True)
     turns = row.get("prompt")
     if isinstance(turns, list | tuple) and turns and isinstance(turns[-1], dict):
         if turns[-1].get("role") == "assistant":  # a chat template would begin another turn after it
