@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,13 @@ def test_a_prompt_that_is_too_long(refused, tmp_path):
     path = rows(tmp_path / "rows.jsonl", row(), long)
     message = refused(f"data.train={path}", "data.eval=null")
     assert f"{path}: row 2" in message and "over 512" in message
+    wordy = row(prompt=[{"role": "user", "content": "hello . " * 50}])
+    rows(path, row(), long, wordy)
+    message = refused(f"data.train={path}", "data.eval=null", "rollout.max_prompt_tokens=60")
+    # What the model has no positions for is not for max_prompt_tokens to take.
+    assert re.search(r"row 2 .* over 512\n.*row 3 .* over 60\n", message)
+    assert re.search(r"max_new_tokens would have to be \d+ smaller to take 1 of them", message)
+    assert re.search(r"rollout.max_prompt_tokens=1\d\d would take 1 of them", message)
 
 
 def test_an_unsupported_model_type(refused, checkpoint):

@@ -76,7 +76,8 @@ def encode_tasks(
         ]
         if r.max_prompt_tokens is not None:
             wanted.append((len(prompt), r.max_prompt_tokens, "the prompt", "rollout.max_prompt_tokens"))
-        over = max(wanted, key=lambda each: each[0] - each[1])
+        # The model's positions are the limit that no key lifts.
+        over = max(wanted, key=lambda each: (each[0] > each[1] == positions, each[0] - each[1]))
         if over[0] > over[1]:
             excess.append((row, example.prompt_id, *over))
         else:
@@ -89,13 +90,18 @@ def encode_tasks(
 def too_long(source: str, excess: Sequence[tuple[int, str, int, int, str, str]]) -> InputError:
     """One refusal for all rows that are over a limit, the worst first, with what would take all of them."""
     worst = sorted(excess, key=lambda each: each[3] - each[2])
-    most = {key: max(size for _, _, size, _, _, k in excess if k == key) for *_, key in excess}
-    mend = [
-        f"rollout.max_prompt_tokens={size} would take all of them"
-        if key == "rollout.max_prompt_tokens"
-        else f"the model has {worst[0][3]} positions: {key} would have to be smaller"
-        for key, size in most.items()
-    ]
+    sizes: dict[str, list[tuple[int, int]]] = {}  # with their limits, by key
+    for _, _, size, limit, _, key in excess:
+        sizes.setdefault(key, []).append((size, limit))
+    mend = []
+    for key, pairs in sizes.items():
+        which = "all of them" if len(sizes) == 1 else f"{len(pairs)} of them"
+        size, limit = max(pairs)
+        if key == "rollout.max_prompt_tokens":
+            mend.append(f"{key}={size} would take {which}")
+        else:
+            smaller = f"{key} would have to be {size - limit} smaller to take {which}"
+            mend.append(f"the model has {limit} positions: {smaller}")
     lines = [_too_long_row(source, *each) for each in worst[:20]]
     lines += [f"and {len(worst) - 20} more"] if len(worst) > 20 else []
     return InputError(
