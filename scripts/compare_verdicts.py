@@ -35,6 +35,7 @@ WAYS = {
     "generate, healthbench prompt": {"template": "healthbench"},
     "constrained": {"verdict": "constrained", "sampling": SamplingConfig(temperature=0.6)},
     "logits": {"verdict": "logits"},
+    "logits, controls": {"verdict": "logits", "calibrate": "controls"},
     "logits, shared prompt": {"verdict": "logits", "template": "shared"},
     "logits, healthbench prompt": {"verdict": "logits", "template": "healthbench"},
 }

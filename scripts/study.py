@@ -1,6 +1,6 @@
 """The paper's claims in the tiny world, where the truth is known: arms, seeds, tables and pictures.
 
-    python scripts/study.py [--claims a,e] [--seeds 5] [--out srrl_jax/tinyworld/study]
+    python scripts/study.py [--claims a,e] [--bases weak] [--seeds 5] [--out srrl_jax/tinyworld/study]
 
 An arm is a recipe: the demo's with the claim's overrides and its own. Every finished run is a line of
 OUT/results.jsonl, so the same command goes on where it was stopped; arms that claims share are run once, and
@@ -328,23 +328,26 @@ def _draw(path: Path, title: str, runs: dict[str, list[list[dict]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--claims", default=",".join(CLAIMS), help="letters of the claims")
+    parser.add_argument("--bases", default=",".join(BASES), help="those of the claims to run on")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=10, help="seeds below it chose the settings")
     parser.add_argument("--out", type=Path, default=CHECKPOINT.parent / "study", help="results and tables")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="bases and runs")
     args = parser.parse_args()
-    claims = args.claims.split(",")
-    if unknown := {*claims} - {*CLAIMS, ""}:
-        raise InputError(f"--claims: {sorted(unknown)} are not of {', '.join(CLAIMS)}")
+    claims, bases = (list(filter(None, given.split(","))) for given in (args.claims, args.bases))
+    for option, given, known in (("claims", claims, CLAIMS), ("bases", bases, BASES)):
+        if unknown := {*given} - {*known}:
+            raise InputError(f"--{option}: {sorted(unknown)} are not of {', '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(args.work.resolve() / "programs"))
     results = args.out / "results.jsonl"
     rows = read_jsonl(results) if results.exists() else []
     write_tables(args.out, rows)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for name in filter(None, claims):
+        for name in claims:
             claim = CLAIMS[name]
-            for base, (arm, keys) in ((b, a) for b in claim.bases for a in claim.arms.items()):
+            wanted = [base for base in claim.bases if base in bases]
+            for base, (arm, keys) in ((b, a) for b in wanted for a in claim.arms.items()):
                 run = {"base": base, "keys": [*claim.recipe, *keys], "seed": seed}
                 if any(run.items() <= row.items() for row in rows):
                     continue
