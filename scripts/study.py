@@ -47,7 +47,7 @@ BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6"
 SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
 LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
 LEARN += ("eval.frozen=false", "checkpoint.every=16")
-HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=3", "eval.rows=48")
+HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
 HACK += ("checkpoint.every=12",)
 LESSONS = ("data.teacher={work}/lessons.jsonl", "data.teacher_share=0.2")
 

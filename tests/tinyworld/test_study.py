@@ -31,7 +31,7 @@ def test_a_table_has_the_mean_and_its_interval_over_seeds(study, tmp_path):
     out.mkdir()
 
     def run(arm: str, seed: int, *truth: float) -> dict:
-        curve = [{"steps": 3 * i, "truth": t, "warned": i == 1} for i, t in enumerate(truth)]
+        curve = [{"steps": 4 * i, "truth": t, "warned": i == 1} for i, t in enumerate(truth)]
         return {"base": "weak", "keys": [*claim.recipe, *claim.arms[arm]], "seed": seed, "curve": curve}
 
     rows = [run("no guard", seed, 0.2, 0.35, 0.4 + 0.2 * seed) for seed in (0, 1)]
