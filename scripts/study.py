@@ -26,7 +26,6 @@ import numpy as np
 import scipy.stats
 from demo import oracle_curve
 from flax import nnx
-from hacking import WARNED_BY
 from teacher_share import write_lessons
 
 from srrl_jax.errors import InputError
@@ -224,7 +223,8 @@ def run_arm(config: TrainConfig) -> dict:
         "length": "eval/mean_length",
     }
     events = read_jsonl(run_dir / "events.jsonl")
-    warned = {e["step"] for e in events if any(key in e["message"] for key in WARNED_BY)}
+    keys = ("eval.margin", "eval.agreement", "eval.control_met")  # those that eval.stop_on_warning heeds
+    warned = {e["step"] for e in events if any(key in e["message"] for key in keys)}
     curve = [
         {"steps": row["step"], "truth": truth[row["step"]], "warned": row["step"] in warned}
         | {short: row[name] for short, name in names.items() if row.get(name) is not None}

@@ -19,7 +19,7 @@ def study():
         import study
 
         yield study
-        for name in ("study", "demo", "hacking", "teacher_share"):
+        for name in ("study", "demo", "teacher_share"):
             sys.modules.pop(name, None)
 
 
