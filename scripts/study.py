@@ -131,6 +131,8 @@ COLUMNS = {
     "accuracy_item": "of items",
     "accuracy_style": "of style",
     "control": "met by empty answers",
+    "length": "tokens",
+    "grading": "grading's share of a step",
 }
 MARK = "<!-- scripts/study.py writes what follows, to the end -->\n"
 
@@ -241,12 +243,12 @@ def run_arm(config: TrainConfig) -> dict:
     }
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int = 3) -> str:
     """Mean and half-width of its 95% t-interval; the mean alone of one value."""
-    mean = f"{np.mean(values):.3f}"
+    mean = f"{np.mean(values):.{digits}f}"
     if len(values) < 2:
         return mean
-    return f"{mean} ± {scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values):.3f}"
+    return f"{mean} ± {scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values):.{digits}f}"
 
 
 def finished(claim: Claim, base: str, rows: list[dict]) -> dict[str, list[list[dict]]]:
@@ -255,8 +257,9 @@ def finished(claim: Claim, base: str, rows: list[dict]) -> dict[str, list[list[d
     for arm, keys in claim.arms.items():
         wanted = [base, [*claim.recipe, *keys]]
         found = sorted((row for row in rows if [row["base"], row["keys"]] == wanted), key=lambda r: r["seed"])
-        if found:
-            runs[arm] = [row["curve"] for row in found]
+        for row in found:
+            share = {"grading": row["times"]["grade"] / sum(row["times"].values())}
+            runs.setdefault(arm, []).append([*row["curve"][:-1], row["curve"][-1] | share])
     return runs
 
 
@@ -276,8 +279,10 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
     for arm, curves in runs.items():
         ends[arm] = [curve[-1] | {"gain": curve[-1]["truth"] - curve[0]["truth"]} for curve in curves]
     for arm, values in ends.items():
-        cells = [[end[column] for end in values if column in end] for column in COLUMNS]
-        shown = " | ".join(interval(cell) if cell else "" for cell in cells)
+        cells = {column: [end[column] for end in values if column in end] for column in COLUMNS}
+        shown = " | ".join(
+            interval(cell, 1 if column == "length" else 3) if cell else "" for column, cell in cells.items()
+        )
         yield f"| {arm} | {len(values)} | {shown} |"
 
 
