@@ -107,6 +107,8 @@ CLAIMS = {
             "KL 0.05": ("kl_coef=0.05",),
             "frozen grader": ("grader=frozen",),
             "half of the criteria": ("reward.criteria_dropout=0.5",),
+            "length penalty": ("reward.overlong_buffer=32",),
+            "a third of the learning rate": ("optimizer.learning_rate=3e-4",),
             "3 votes": ("grading.votes=3",),
         },
     ),
