@@ -69,14 +69,12 @@ def overview(index: Index, params: Params) -> dict:
         if (curve := [(row["step"], row[name]) for row in metrics if row.get(name) is not None])
     }
     config = run.folder / "config.yaml"
-    events = run.events()
-    warned = dict.fromkeys((e["step"], e["message"]) for e in events if e["event"] == "warning")
+    warned = dict.fromkeys((e["step"], e["message"]) for e in run.events() if e["event"] == "warning")
     return {
         "charts": CHARTS,
         "tiles": TILES,
         "curves": curves | axis_curves(index, number),
         "warnings": list(warned),
-        "last": next((e for e in reversed(events) if e["event"] != "warning"), None),
         "phases": PHASES,
         "recipe": _flat(storage.read_yaml(config)) if config.is_file() else {},
     }

@@ -3,29 +3,27 @@
 import secrets
 import socket
 import threading
-from pathlib import Path
+from collections.abc import Callable
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.viewer.export import STATIC
 from srrl_jax.viewer.index import Index
 from srrl_jax.viewer.labels import mark
 from srrl_jax.viewer.queries import QUERIES
 
-STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("127.0.0.1", "localhost")
-SECONDS, SECONDS_STORE = (
-    1.0,
-    10.0,
-)  # between two looks at logs on a disk and in a store, which lists its objects
+SECONDS, SECONDS_STORE = 1.0, 10.0  # between two looks at logs on a disk, in a store, which lists objects
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -35,38 +33,29 @@ HEADERS = {
 }
 
 
-class Guard:
-    """Sets the headers of every answer, and lets in only who has the token, where there is one."""
-
-    def __init__(self, app, token: str):
-        self.app, self.token = app, token
-
-    async def __call__(self, scope, receive, send):
-        async def with_headers(message):
-            if message["type"] == "http.response.start":
-                message["headers"] += [(k.encode(), v.encode()) for k, v in HEADERS.items()]
-            await send(message)
-
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request, answer = Request(scope), self.app
-        given = request.query_params.get("token", "")
-        if self.token and secrets.compare_digest(given.encode(), self.token.encode()):
-            answer = RedirectResponse("/", status_code=303)  # the token does not stay in the address
-            answer.set_cookie("token", given, httponly=True, samesite="strict")
-        elif self.token and not secrets.compare_digest(
-            request.cookies.get("token", "").encode(), self.token.encode()
-        ):
-            answer = PlainTextResponse(
-                "Open the link with ?token=... that srrl view printed.", status_code=403
-            )
-        elif request.method == "POST" and request.headers.get("content-type") != "application/json":
-            answer = PlainTextResponse("JSON only", status_code=415)  # which no form of another page can send
-        return await answer(scope, receive, with_headers)
-
-
 def make_app(index: Index, token: str = "") -> Starlette:
-    """The page and its questions; without a token only for requests that name loopback: no DNS rebinding."""
+    """The page and its questions.
+
+    With a `token` only for who has it; without one only for requests that name loopback: no DNS rebinding.
+    """
+
+    async def guard(request: Request, answer: Callable) -> Response:
+        given, kept = (
+            secrets.compare_digest(of.get("token", "").encode(), token.encode())
+            for of in (request.query_params, request.cookies)
+        )
+        if token and given:
+            response: Response = RedirectResponse("/", status_code=303)  # it does not stay in the address
+            response.set_cookie("token", token, httponly=True, samesite="strict")
+        elif token and not kept:
+            said = "Open the link with ?token=... that srrl view printed."
+            response = PlainTextResponse(said, status_code=403)
+        elif request.method == "POST" and request.headers.get("content-type") != "application/json":
+            response = PlainTextResponse("JSON only", status_code=415)  # which no form of another page sends
+        else:
+            response = await answer(request)
+        response.headers.update(HEADERS)
+        return response
 
     def ask(request: Request) -> JSONResponse:
         question = QUERIES.get(request.path_params["question"])
@@ -93,7 +82,10 @@ def make_app(index: Index, token: str = "") -> Starlette:
         Mount("/", StaticFiles(directory=STATIC, html=True)),
     ]
     hosts = ["*"] if token else list(LOOPBACK)
-    guards = [Middleware(Guard, token=token), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    guards = [
+        Middleware(BaseHTTPMiddleware, dispatch=guard),
+        Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+    ]
     return Starlette(routes=routes, middleware=guards)
 
 

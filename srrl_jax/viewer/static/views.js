@@ -145,17 +145,18 @@ async function compare(params) {
   const names = RUNS.map((run) => run.name);
   const [data, ...runs] = await Promise.all([ask("compare", params), ...names.map((run) => ask("overview", { run }))]);
   const { rows, split, step } = data;
-  const charts = runs[0].charts.flatMap(([, , fraction, lines]) => Object.entries(lines).map(([key, label]) =>
+  const [rewards, ...others] = runs[0].charts.map(([, , fraction, lines]) => Object.entries(lines).map(([key, label]) =>
     lineChart(label, "", runs.map((run, colour) => ({ label: names[colour], colour, points: run.curves[key] || [] })), fraction)));
   const columns = [["", "prompt", "", (row) => row.head, "left text"],
     ...names.map((run, i) => ["", run, "Opens the newest answer", (row) =>
       h("a", { href: link("samples", { run, prompt: row.prompt_id, split, step, open: row.ids[i] }) }, number(row.means[i]))]),
     ["", "apart", "", (row) => number(row.spread)]];
-  return h("div", h("h2", "Curves"), h("div.charts", charts),
+  return h("div", h("h2", "Rewards"), h("div.charts", rewards),
     h("h2", `Prompts on which they differ most, ${split === "eval" ? "held-out" : split}${step ? `, step ${step}` : ""}`),
     h("div.filters", choose("split", "Split", ["train"], undefined, "held-out"), !EXPORT && type("step", "Step", "3 or 1..9", 6)),
     rows.length ? table(columns, rows, {})
-      : empty("No prompt in common", "Runs are compared on the prompts that all of them have answered."));
+      : empty("No prompt in common", "Runs are compared on the prompts that all of them have answered."),
+    h("h2", "Other curves"), h("div.charts", others));
 }
 
 // Label
