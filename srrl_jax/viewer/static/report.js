@@ -22,7 +22,7 @@ function report(data) {
     ], headline)),
     h("section", h("h2", "How the run went"), curves(data)),
     criteria.length > 0 && h("section", h("h2", "Criteria to repair first"),
-      criteriaTable(criteria, "criterion", judges, undefined, (row) => row.text)),
+      criteriaTable(criteria, "criterion", judges, undefined, (row) => h("span", { title: row.text }, row.text))),
     disagreements.length > 0 && h("section", h("h2", "Where judges differ most"), cards(disagreements.slice(0, 1)),
       folded(`${disagreements.length - 1} more`, disagreements.slice(1))),
     splits.map(({ name, steps }) => h("section", h("h2", `${name} samples`),
