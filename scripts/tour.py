@@ -23,7 +23,7 @@ from srrl_jax.telemetry import read_jsonl
 FOLDER = Path(sys.argv[1] if len(sys.argv) == 2 and Path(sys.argv[0]).name == "tour.py" else "runs/tour")
 config = srrl_jax.TrainConfig.load("demo", [
     f"run_dir={FOLDER}", "steps=3", "prompts_per_step=8", "group_size=4", "optimizer.microbatch=8",
-    "data.eval=null",
+    "data.eval=null", "kl_coef=0",
 ])  # fmt: skip
 
 # %% [markdown]
@@ -31,7 +31,8 @@ config = srrl_jax.TrainConfig.load("demo", [
 # A prompt and a rubric: criteria whose points a response earns by meeting them.
 
 # %%
-example = load_examples(config.data.train)[0]
+rows = load_examples(config.data.train)[:8]
+example = rows[0]
 print(example.prompt[-1]["content"])
 for criterion in example.rubrics:
     print(f"  [{criterion.points:+g}] {criterion.criterion}")
@@ -71,7 +72,7 @@ print("advantages", srrl_jax.losses.group_advantages(rewards, ~np.isnan(rewards)
 
 # %% [markdown]
 # ## Three training steps
-# With a reward of our own: the rubric's, less a little for each token. A callback sees each step.
+# With rows and a reward of our own: the rubric's, less a little for each token. A callback sees each step.
 
 
 # %%
@@ -82,6 +83,7 @@ def brevity(group):
 
 srrl_jax.train(
     config,
+    rows=rows,
     reward=brevity,
     callbacks=[lambda step, metrics, samples: print(f"step {step}: reward {metrics['reward/mean']:.3f}")],
 )
