@@ -84,9 +84,11 @@ def test_the_arms_of_all_claims_are_recipes(study):
     [
         ("a", "strong", "self-reward", lambda start, end: end["truth"] > start["truth"] + 0.15),
         ("c", "weak", "self-reward", lambda start, end: end["accuracy"] < start["accuracy"] - 0.005),
+        ("e", "weak", "no guard", lambda start, end: end["warned"] and end["accuracy"] < 0.7),
     ],
+    ids=["a", "c", "e"],
 )
-def test_a_claim_over_one_seed(study, claim, base, arm, holds, tmp_path):
+def test_a_claim_over_one_seed(study, full_compile, claim, base, arm, holds, tmp_path):
     """What the tables of srrl_jax/tinyworld/README.md say, with room for other rounding."""
     keys = (*study.CLAIMS[claim].recipe, *study.CLAIMS[claim].arms[arm])
     curve = study.run_arm(study.recipe(base, keys, 10, tmp_path, tmp_path / "run"))["curve"]
