@@ -281,10 +281,13 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
     for arm, curves in runs.items():
         ends[arm] = [curve[-1] | {"gain": curve[-1]["truth"] - curve[0]["truth"]} for curve in curves]
     for arm, values in ends.items():
-        cells = {column: [end[column] for end in values if column in end] for column in COLUMNS}
-        shown = " | ".join(
-            interval(cell, 1 if column == "length" else 3) if cell else "" for column, cell in cells.items()
-        )
+        cells = []
+        for column in COLUMNS:
+            found = [end[column] for end in values if column in end]
+            cells.append(interval(found, 1 if column == "length" else 3) if found else "")
+            if 0 < len(found) < len(values):  # the others' verdicts could not be read
+                cells[-1] += f" (of {len(found)})"
+        shown = " | ".join(cells)
         yield f"| {arm} | {len(values)} | {shown} |"
 
 
