@@ -133,6 +133,7 @@ COLUMNS = {
     "accuracy_item": "of items",
     "accuracy_style": "of style",
     "control": "met by empty answers",
+    "unread": "unreadable verdicts",
     "length": "tokens",
     "grading": "grading's share of a step",
 }
@@ -211,6 +212,15 @@ def base_accuracies(model: str) -> dict[str, float]:
         return accuracies(nnx.state(Qwen3.from_pretrained(model)))
 
 
+def unreadable(samples: list[dict]) -> dict[int, float]:
+    """Share of the policy's verdicts on held-out answers that count for nothing, at each evaluation."""
+    verdicts = defaultdict(list)
+    for row in samples:
+        if row["split"] == "eval":
+            verdicts[row["step"]] += [c["verdict"] is None for c in row["criteria"]]
+    return {step: float(np.mean(values)) for step, values in verdicts.items()}
+
+
 def run_arm(config: TrainConfig) -> dict:
     """Trains, and returns what is true at each evaluation, and the median seconds of a step's parts.
 
@@ -218,7 +228,8 @@ def run_arm(config: TrainConfig) -> dict:
     """
     final = train(config)
     run_dir = Path(config.run_dir)
-    truth = dict(oracle_curve(read_jsonl(run_dir / "samples.jsonl"), "eval"))
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    truth, unread = dict(oracle_curve(samples, "eval")), unreadable(samples)
     names = {
         "own": "eval/self",
         "frozen": "eval/frozen",
@@ -230,7 +241,12 @@ def run_arm(config: TrainConfig) -> dict:
     keys = ("eval.margin", "eval.agreement", "eval.control_met")  # those that eval.stop_on_warning heeds
     warned = {e["step"] for e in events if any(key in e["message"] for key in keys)}
     curve = [
-        {"steps": row["step"], "truth": truth[row["step"]], "warned": row["step"] in warned}
+        {
+            "steps": (step := row["step"]),
+            "truth": truth[step],
+            "warned": step in warned,
+            "unread": unread[step],
+        }
         | {short: row[name] for short, name in names.items() if row.get(name) is not None}
         for row in read_jsonl(run_dir / "metrics.jsonl")
         if "eval/self" in row

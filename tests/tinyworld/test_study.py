@@ -46,7 +46,7 @@ def test_a_table_has_the_mean_and_its_interval_over_seeds(study, tmp_path):
     study.write_tables(out, rows)
     text = (out / "tables.md").read_text()
     assert "| before | 1 | 0.200 |" in text  # both seeds began alike
-    assert "| no guard | 2 | 0.500 ± 1.271 | 0.300 ± 1.271 |  |  |  |  |  |  | 0.500 ± 0.000 |" in text
+    assert "| no guard | 2 | 0.500 ± 1.271 | 0.300 ± 1.271 |  |  |  |  |  |  |  | 0.500 ± 0.000 |" in text
     assert "| KL 0.05 | 1 | 0.300 | 0.100 |" in text
     assert "| stop on warning | 2 | 0.350 ± 0.000 |" in text  # at the second evaluation of "no guard"
     assert "strong base" not in text  # which the claim is not about
