@@ -4,8 +4,9 @@
 
 An arm is a recipe: the demo's with the claim's overrides and its own. Every finished run is a line of
 OUT/results.jsonl, so the same command goes on where it was stopped; arms that claims share are run once, and
-each seed goes through all arms before the next. OUT/tables.md and the README beside OUT have means over
-seeds and the half-widths of their 95% t-intervals. Training sees the oracle only where an arm says so.
+each seed goes through all arms before the next. The end of the README beside OUT, or OUT/tables.md where
+there is none, has means over seeds and the half-widths of their 95% t-intervals. Training sees the oracle
+only where an arm says so.
 """
 
 import argparse
@@ -308,7 +309,7 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
 
 
 def write_tables(out: Path, rows: list[dict]) -> None:
-    """OUT/tables.md, the end of the README beside OUT, and a picture of each claim, of the runs so far."""
+    """The tables and a picture of each claim, of the runs so far; see the top of this file."""
     lines = []
     for name, claim in CLAIMS.items():
         for base in claim.bases:
@@ -320,11 +321,11 @@ def write_tables(out: Path, rows: list[dict]) -> None:
             lines += [f"### {name}. {claim.title}: {base} base", "", *table(runs), ""]
             _draw(out / f"{name}_{base}.png", f"{name}, {base} base", runs)
             lines += [f"![{name}, {base} base]({out.name}/{name}_{base}.png)", ""]
-    text = "\n".join(lines)
-    (out / "tables.md").write_text(text.replace(f"({out.name}/", "("))
-    readme = out.parent / "README.md"
+    text, readme = "\n".join(lines), out.parent / "README.md"
     if readme.exists() and MARK in (old := readme.read_text()):
         readme.write_text(old[: old.index(MARK)] + MARK + "\n" + text)
+    else:
+        (out / "tables.md").write_text(text.replace(f"({out.name}/", "("))
 
 
 def _draw(path: Path, title: str, runs: dict[str, list[list[dict]]]) -> None:
@@ -384,7 +385,6 @@ def main() -> None:
                 with results.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 write_tables(args.out, rows)
-    print((args.out / "tables.md").read_text())
 
 
 if __name__ == "__main__":
