@@ -4,6 +4,8 @@ python scripts/padding.py HEALTHBENCH.jsonl --tokenizer DIRECTORY
 
 In steps of 32 prompts and 4 responses of about --response tokens each (log-normal, seeded: their lengths are
 all that counts), in the shapes that training would plan for these rows. Nothing is computed but lengths.
+Where replies are written, a fifth of those that run end in each chunk of tokens, and rows wait for their
+slots.
 """
 
 import argparse
@@ -20,8 +22,8 @@ from srrl_jax.models.presets import PRESETS
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
 from srrl_jax.sampling import RowLengths
-from srrl_jax.sampling.scheduler import batches, sort_rows
-from srrl_jax.sampling.shapes import Memory, plan_shapes
+from srrl_jax.sampling.scheduler import Scheduler, batches, sort_rows
+from srrl_jax.sampling.shapes import Memory, Shapes, plan_shapes
 from srrl_jax.training.shapes import with_responses
 
 PROMPTS, GROUP, LONGEST = 32, 4, 3072
@@ -53,42 +55,35 @@ def main() -> None:
             for length in drawn
         ]
 
+    def runs(rows: list[RowLengths], shapes: Shapes, writes: bool) -> int:
+        """Of prefill."""
+        order = sort_rows(rows, shapes)
+        if not writes:
+            return len(list(batches(rows, order, shapes, 1)))
+        scheduler, count = Scheduler(rows, order, shapes), 0
+        while scheduler.waiting or scheduler.running.any():
+            while batch := scheduler.next_batch():
+                scheduler.admit(batch)
+                count += 1
+            scheduler.finish(scheduler.running.reshape(-1) & (random.random(shapes.slots) > 0.2))
+        return count
+
     table = Table(title=f"{len(examples) // PROMPTS} steps of {PROMPTS} x {GROUP}; {shared} shared tokens")
-    for column in (
-        "",
-        "real tokens",
-        "padding of prefixes",
-        "of branches",
-        "of all",
-        "programs",
-        "runs a step",
-    ):
+    for column in ("", "real tokens", "padding", "tokens of a pack", "packs a step"):
         table.add_column(column, justify="right")
+    steps = range(0, len(rollouts) - PROMPTS + 1, PROMPTS)
     for what, rows, expected, made in (
         ("prompts", rollouts, rollouts, list),
-        ("grading", graded, with_responses(graded, LONGEST), responses),
-        (
-            "grading, a lane for each criterion",
-            graded,
-            with_responses(graded, LONGEST),
-            responses,
-        ),
+        ("verdicts from logits", graded, with_responses(graded, LONGEST), responses),
+        ("verdicts written", graded, with_responses(graded, LONGEST), responses),
     ):
-        apart = "lane" in what
         together = PROMPTS * (1 if made is list else GROUP)
-        shapes = plan_shapes(expected, 256, memory, together=together, apart=apart)
-        real, computed, runs = np.zeros(2), np.zeros(2), 0
-        for start in range(0, len(rows) - PROMPTS + 1, PROMPTS):
-            step = made(rows[start : start + PROMPTS])
-            real += [sum(row.prefix for row in step), sum(sum(row.branches) for row in step)]
-            for batch in batches(sort_rows(step, shapes, 256), shapes):
-                shape = batch.shape
-                computed += shape.rows * np.array([shape.prefix, shape.lanes * shape.lane])
-                runs += 1
-        shares = [*(1 - real / np.maximum(computed, 1)), 1 - real.sum() / computed.sum()]
-        cells = [f"{share:.1%}" if real[1] or i != 1 else "–" for i, share in enumerate(shares)]
-        steps = len(rows) // PROMPTS
-        table.add_row(what, f"{real.sum():,.0f}", *cells, str(len(shapes.prefill)), f"{runs / steps:.1f}")
+        shapes = plan_shapes(expected, 256, memory, together=together)
+        drawn = [made(rows[start : start + PROMPTS]) for start in steps]
+        real = sum(row.tokens for step in drawn for row in step)
+        packs = sum(runs(step, shapes, "logits" not in what) for step in drawn)
+        share = 1 - real / (packs * shapes.pack)
+        table.add_row(what, f"{real:,}", f"{share:.1%}", str(shapes.pack), f"{packs / len(steps):.1f}")
     Console(width=130).print(table)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from srrl_jax.errors import InputError
@@ -38,6 +38,7 @@ class Question:
 
     def __init__(self, tokenizer: Tokenizer, template: str, *, thinking: bool = False, forced: bool = False):
         self.tokenizer, self.template, self.thinking, self.forced = tokenizer, template, thinking, forced
+        self._encode = lru_cache(1 << 16)(tokenizer.encode)  # a criterion is asked of many responses
         if forced:
             yes, no = (tokenizer.encode(self._after + word) for word in ("true}", "false}"))
             same = next((i for i, pair in enumerate(zip(yes, no, strict=False)) if pair[0] != pair[1]), None)
@@ -72,11 +73,7 @@ class Question:
         one = len(criteria) == 1
         text = criterion_prompt(self.template, *criteria) if one else criteria_prompt(self.template, criteria)
         text = self.tokenizer.quote(text) + self._after
-        return (
-            self.tokenizer.encode(text + "true}")[: -self._tail]
-            if self.forced
-            else self.tokenizer.encode(text)
-        )
+        return self._encode(text + "true}")[: -self._tail] if self.forced else self._encode(text)
 
     @cached_property
     def opening(self) -> str:

@@ -27,14 +27,15 @@ def reply_gaps(
     branches: Sequence[Sequence[int]],
     replies: Sequence[Completion],
 ) -> list[Gap]:
-    """Of the first replies, as many as the largest prefill of `sampler` has rows, in one pass without 8 bits.
+    """Of the first replies, as many as a pack of `sampler` has room for, in one pass without 8 bits.
 
     Args:
       sampler: that drew the replies.
       params: `nnx.state` of the model, from which it did.
       prefixes, branches: what was given to each reply, token ids.
     """
-    rows, size, own = sampler.shapes.prefill[-1].rows, sampler.longest_prefix, sampler.shapes.own
+    size, own = len(sampler.shared) + sampler.shapes.row, sampler.shapes.own
+    rows = sampler.shards * max(1, sampler.shapes.pack // (size + own))
     taken = list(zip(prefixes, branches, replies, strict=True))[:rows]
     tree = TreeBatch(
         np.zeros((rows, size), np.int32),
@@ -43,14 +44,14 @@ def reply_gaps(
         np.zeros((rows, 1), np.int32),
     )
     for row, (prefix, branch, reply) in enumerate(taken):
-        whole = [*branch, *reply.tokens]
-        tree.prefix[row, : len(prefix)], tree.prefix_lengths[row] = prefix, len(prefix)
-        tree.branches[row, 0, : len(whole)], tree.branch_lengths[row, 0] = whole, len(whole)
+        given = [*prefix, *branch]
+        tree.prefix[row, : len(given)], tree.prefix_lengths[row] = given, len(given)
+        tree.branches[row, 0, : len(reply.tokens)] = reply.tokens
+        tree.branch_lengths[row, 0] = len(reply.tokens)
     temperature = sampler.sampling.temperature or 1.0  # greedy sampling reports temperature 1
     found = to_host(_logprobs(sampler.graphdef, params, sampler._place(tree), temperature))
     gaps = [
-        np.abs(found[row, 0, len(branch) : len(branch) + len(reply.tokens)] - reply.logprobs)
-        for row, (_, branch, reply) in enumerate(taken)
+        np.abs(found[row, 0, : len(reply.tokens)] - reply.logprobs) for row, (*_, reply) in enumerate(taken)
     ]
     return [Gap(float(gap.mean()), float(gap.max())) for gap in gaps]
 

@@ -105,8 +105,7 @@ class Grader:
                 lengths = [
                     max(lengths[0], *(len(self._branch(item, [c])) for c in range(len(item.criteria))))
                 ]
-            votes = self.votes if self.verdict == "generate" else 1
-            rows.append(RowLengths(len(prefix), lengths * votes))
+            rows.append(RowLengths(len(prefix), lengths * self._copies))
             prefixes.append(prefix)
         return rows, self.question.shared(prefixes)
 
@@ -127,11 +126,22 @@ class Grader:
         Raises:
           InputError: a criterion, or a number of criteria, that the sampler was not planned for.
         """
-        prefixes = [self.question.prefix(item) for item in items]
-        # Text tokenized anew can be longer than what was sampled; what does not fit is unscorable.
-        rows = [i for i, prefix in enumerate(prefixes) if len(prefix) <= self.sampler.longest_prefix]
+        encoded = [self.encode(item) for item in items]
+        rows = [i for i, row in enumerate(encoded) if self._fits(*row)]
         ask = self._written if self.verdict == "generate" else self._forced
-        return ask(params, items, prefixes, rows, key, on_wave)
+        return ask(params, items, [prefix for prefix, _ in encoded], rows, key, on_wave)
+
+    def _fits(self, prefix: Sequence[int], branches: Sequence[Sequence[int]]) -> bool:
+        """False where the response is too long, which is then unscorable: text tokenized anew can be longer
+        than what was sampled. Of too many or too long criteria the sampler tells."""
+        lengths = list(map(len, branches)) * self._copies
+        holds = self.sampler.holds
+        return holds(RowLengths(len(prefix), lengths)) or not holds(RowLengths(1, lengths))
+
+    @property
+    def _copies(self) -> int:
+        """Times that a criterion is asked at once."""
+        return self.votes if self.verdict == "generate" else 1
 
     def programs(self, params: Any) -> Iterator[Program]:
         """What `grade` runs with such weights, or their shapes."""
@@ -154,7 +164,9 @@ class Grader:
             controls.clear()
         odds = self._log_odds(params, [*asked, *controls.values()], on_wave)
         biases = dict(zip(controls, map(_bias, controls.values(), odds[len(rows) :]), strict=True))
-        odds = [row - biases.get(_rubric(item), 0.0) for item, row in zip(asked, odds, strict=False)]
+        odds = odds[: len(rows)]
+        if controls:  # rounded, since an answer that is empty itself differs from its control by rounding
+            odds = [(row - biases[_rubric(i)]).round(4) for i, row in zip(asked, odds, strict=True)]
         verdicts = [[Verdict(None, "", 0, 0)] * len(item.criteria) for item in items]
         temperature = 0 if self.verdict == "logits" else self.sampler.sampling.temperature
         seed = jax.random.key_data(key).tolist()

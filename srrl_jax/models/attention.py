@@ -5,12 +5,14 @@ and what belongs to one branch alone. A softmax runs over all segments together,
 the shared ones per branch: the queries of a row's branches meet its prefix in one matrix product.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from srrl_jax.errors import InputError
+from srrl_jax.models.int8 import Int8
 
 BLOCK = 256  # queries whose scores exist at one time
 NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
@@ -144,6 +146,37 @@ def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Ar
         out = out + value.reshape(n, heads, b, h // heads, t, d)
     out = (out / total).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(n, b, t, h * d)
+
+
+def attend_part(q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, mask: jax.Array) -> list[jax.Array]:
+    """Attention over some of the keys, of which `merge_parts` makes that over all.
+
+    Args:
+      q: scaled queries [A, K, Q, D].
+      k, v: [A, K, D, S] and [A, K, S, D], or in 8 bits.
+      mask: bool, broadcastable to [A, K, Q, S].
+    Returns:
+      The largest score, the sum of the weights and of the weighted values, float32 [A, K, Q, 1, 1 and D].
+    """
+    # A scale is of a whole key or value, so it can be applied to the scores and the weights instead.
+    one = jnp.ones((1, 1), jnp.float32)
+    k, k_scale = k if isinstance(k, Int8) else (k, one)
+    v, v_scale = v if isinstance(v, Int8) else (v, one)
+    scores = jnp.einsum("akqd,akds->akqs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * k_scale, NEVER)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    weighted = (weights * v_scale.mT).astype(q.dtype)
+    values = jnp.einsum("akqs,aksd->akqd", weighted, v.astype(q.dtype), preferred_element_type=jnp.float32)
+    return [top, weights.sum(-1, keepdims=True), values]
+
+
+def merge_parts(parts: list[list[jax.Array]]) -> list[jax.Array]:
+    """What `attend_part` would give of all keys, from what it gives of parts of them."""
+    top = functools.reduce(jnp.maximum, [part[0] for part in parts])
+    scales = [jnp.exp(part[0] - top) for part in parts]
+    total = sum(scale * part[1] for scale, part in zip(scales, parts, strict=True))
+    return [top, total, sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))]
 
 
 def _product(spec: str, x: jax.Array, keys: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
 """Fused attention over the tree layout: splash on TPU, cuDNN on GPU.
 
-Where a gradient is asked for, all segments of a row become one list of keys, and all tokens of its branches
+All segments of a row become one list of keys, and all tokens of its branches
 one list of queries; which query may see which key is then a mask with many empty blocks. The kernel's online
 softmax merges the prefix part and the branch part by their log-sum-exp as it walks over the blocks, so
 nothing is merged outside of it, and its own gradient holds. (The public kernels can return a log-sum-exp,
-but no gradient flows through it: `cudnn_forward` merges so, forward alone.) The price is one copy of a row's
-keys and values, not one for each branch.
+but no gradient flows through it.) The price is one copy of a row's keys and values, not one for each branch.
 """
 
 import functools
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models.attention import NEVER, Segment
+from srrl_jax.models.attention import Segment
 from srrl_jax.parallel import mesh_axes
 
 _LANES = 128  # splash: lengths are multiples of it
@@ -85,7 +84,22 @@ def cudnn(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") 
     n, b, t, h, d = q.shape
     own = segments[-1]
     if len(segments) == 1 and own.mask.shape[2] == 1:
-        return _cudnn_own(q, own, implementation)[0].reshape(n, b, t, h * d)
+        k, v = (x.transpose(0, 2, 3, 1, 4).reshape(n * b, t, -1, d) for x in (own.k, own.v))
+        lengths = jnp.maximum(jnp.broadcast_to(own.mask, (n, b, 1, t)).reshape(n * b, t).sum(1), 1)
+        # Beyond the lengths nothing is written, neither results nor gradients: what lies there may be no
+        # number.
+        written = (jnp.arange(t) < lengths[:, None])[..., None, None]
+        q, k, v = (jnp.where(written, x, 0) for x in (q.reshape(n * b, t, h, d), k, v))
+        out = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation=implementation,
+        )
+        return jnp.where(written, out, 0).reshape(n, b, t, h * d)
     masks = []
     for s in segments:
         branches, size = s.k.shape[2:4]
@@ -102,53 +116,6 @@ def cudnn(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") 
         implementation=implementation,
     )
     return out.reshape(n, b, t, h * d)
-
-
-def cudnn_forward(q: jax.Array, segments: list[Segment], implementation: str = "cudnn") -> jax.Array:
-    """`cudnn` for a forward pass alone: each segment is met for itself, the earlier ones by their lengths.
-
-    The parts are merged by their log-sum-exp, through which no gradient flows.
-    """
-    n, b, t, h, d = q.shape
-    *context, own = segments
-    out, logs = _cudnn_own(q, own, implementation)
-    parts = [(out.reshape(n, b * t, h, d), logs.reshape(n, b * t, h))]
-    for s in context:
-        lengths = jnp.broadcast_to(s.mask.sum((1, 2, 3)), n)
-        k, v = (x[:, :, 0].transpose(0, 2, 1, 3) for x in (s.k, s.v))
-        out, logs = jax.nn.dot_product_attention(
-            q.reshape(n, b * t, h, d),
-            k,
-            v,
-            query_seq_lengths=jnp.full(n, b * t),
-            key_value_seq_lengths=jnp.maximum(lengths, 1),
-            return_residual=True,
-            implementation=implementation,
-        )
-        parts.append((out, jnp.where(lengths[:, None, None] > 0, logs, NEVER)))
-    top = functools.reduce(jnp.maximum, [logs for _, logs in parts])
-    weights = [jnp.exp(logs - top)[..., None] for _, logs in parts]
-    out = sum(w * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts, strict=True)) / sum(weights)
-    return out.astype(q.dtype).reshape(n, b, t, h * d)
-
-
-def _cudnn_own(q: jax.Array, own: Segment, implementation: str) -> tuple[jax.Array, jax.Array]:
-    """Branches over their own tokens: [N B, T, H, D], and the log-sum-exp float32 [N B, T, H]."""
-    n, b, t, h, d = q.shape
-    k, v = (x.transpose(0, 2, 3, 1, 4).reshape(n * b, t, -1, d) for x in (own.k, own.v))
-    real = jnp.broadcast_to(own.mask, (n, b, *own.mask.shape[2:])).reshape(n * b, -1, t)
-    q = q.reshape(n * b, t, h, d)
-    attend = functools.partial(
-        jax.nn.dot_product_attention, return_residual=True, implementation=implementation
-    )
-    if real.shape[1] > 1:
-        return attend(q, k, v, mask=real[:, None])
-    lengths = jnp.maximum(real.sum((1, 2)), 1)
-    # Beyond the lengths nothing is written, neither results nor gradients: what lies there may be no number.
-    written = (jnp.arange(t) < lengths[:, None])[..., None, None]
-    q, k, v = (jnp.where(written, x, 0) for x in (q, k, v))
-    out, logs = attend(q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return jnp.where(written, out, 0), jnp.where(written[..., 0], logs, 0)
 
 
 def _causal(mask: jax.Array) -> jax.Array:
@@ -220,5 +187,4 @@ def _blocks(queries: int, keys: int) -> splash_attention.BlockSizes:
 KERNELS = {
     "splash": functools.partial(over_mesh, splash),
     "cudnn": functools.partial(over_mesh, cudnn),
-    "cudnn_forward": functools.partial(over_mesh, cudnn_forward),
 }

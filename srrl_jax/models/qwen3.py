@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
+from srrl_jax.models import gpu_prefill
 from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale, join, project
 from srrl_jax.models.moe import MoE
+from srrl_jax.models.packed import Pack, attend_packed
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
 
@@ -183,11 +185,11 @@ class Qwen3(nnx.Module):
         Returns:
           float32 logits [B, T, V].
         """
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        whole = mask is None
+        mask = jnp.ones(tokens.shape, bool) if whole else mask.astype(bool)
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        owners = mask[:, None].astype(jnp.int32)  # as padding may lie on the left
-        x, _, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None], owners=owners)
+        x, _, _ = self.extend(tokens[:, None], positions[:, None], mask[:, None], right_padded=whole)
         return self.logits(x[:, 0])
 
     def extend(
@@ -197,11 +199,9 @@ class Qwen3(nnx.Module):
         mask,
         context: list[Segment] = (),
         remat: str = "none",
-        owners: jax.Array | None = None,
-        states: bool = True,
-        forward_only: bool = False,
+        right_padded: bool = True,
     ):
-        """Runs tokens that continue a context: the one path of prefill and training.
+        """Runs tokens that continue a context: the path of training.
 
         Args:
           tokens: int [N, B, T], B branches of T tokens for each of N rows.
@@ -211,75 +211,102 @@ class Qwen3(nnx.Module):
             where the config has layers of sliding attention.
           remat: what the backward pass computes again of each layer instead of keeping it: "none"; "full",
             everything; "dots", all but the products with weights.
-          owners: int [N, B, T]; of the new tokens, each sees only those of its own number: several short
-            sequences may so lie one behind the other in a branch. Splash wants one in each.
-          forward_only: no gradient will be asked for.
-          states: false where keys and values are all that is wanted: the last layer computes nothing else.
+          right_padded: all padding lies behind the tokens, as kernels want it.
         Returns:
-          Final hidden states after the last norm [N, B, T, hidden], or None; the new tokens' keys and values,
+          Final hidden states after the last norm [N, B, T, hidden]; the new tokens' keys and values,
           each [layers, N, K, B, T, D]; how the new tokens spread over the experts, the `Load` of all layers
-          together, None without experts (and of no use without `states`).
+          together, None without experts.
         Raises:
           InputError: a context without `positions` for layers of sliding attention.
         """
         c = self.config
         if c.windows is not None and any(segment.positions is None for segment in context):
             raise InputError("layer_types has sliding_attention, but a context segment has no positions")
+        name = self.attention if right_padded else "xla"
+        kernel = choose_kernel(name, self.dtype, c.windows is not None, tokens.shape[-1])
+        own_mask = mask[:, :, None, :]
+        # Kernels need no square of the length to know the order.
+        if kernel == "xla" or (kernel == "cudnn" and c.windows is not None):
+            steps = jnp.arange(tokens.shape[-1])
+            own_mask = own_mask & (steps[:, None] >= steps[None, :])
+
+        def look(q, k, v, keys_values, window):
+            k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
+            segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
+            allowed = own_mask
+            if window is not None:
+                see = partial(near, positions, window=window)
+                segments = [s._replace(mask=s.mask & see(s.positions)) for s in segments]
+                allowed = allowed & see(positions)
+            return attend_causal(q, segments, Segment(k, v, allowed), kernel=kernel), (k, v)
+
+        return self._run(tokens, positions, mask, [(s.k, s.v) for s in context], look, remat=remat)
+
+    def prefill(self, pack: Pack, shared: tuple = (), states: bool = False):
+        """Runs packed rows, forward alone.
+
+        Args:
+          shared: keys and values of what all rows begin with, each [layers, 1, L, K, D]; or ().
+          states: false where keys and values are all that is wanted: the last layer computes nothing else.
+        Returns:
+          Final hidden states after the last norm [G, T, hidden], or None; keys and values, each
+          [layers, G, T, K, D].
+        """
+        by_kernel = self.attention != "xla" and gpu_prefill.computes(self.config)
+
+        def look(q, k, v, keys_values, window):
+            k, v = k[:, 0], v[:, 0]
+            y = attend_packed(q[:, 0], k, v, keys_values, pack, window, by_kernel)
+            return y[:, None], (k, v)
+
+        def keys_values_alone(layer: Layer, x, cos, sin):
+            # Of what a condition gives back, a GPU's compiler would else gather all rows.
+            return tuple(
+                constrain(y[:, 0], "batch", None, "kv_heads", None) for y in layer.keys_values(x, cos, sin)
+            )
+
+        tokens, positions = pack.tokens[:, None], pack.positions[:, None]
+        at_last = None if states else keys_values_alone
+        x, kv, _ = self._run(tokens, positions, positions >= 0, shared, look, at_last)
+        return x[:, 0] if states else None, kv
+
+    def _run(self, tokens, positions, mask, context, look, at_last=None, remat: str = "none"):
+        """All layers.
+
+        Args:
+          context: a tree of arrays [layers, ...], of which `look` gets those of its layer.
+          look: attention, with the context and the window of the layer.
+          at_last: all that is wanted of the last layer; there are no hidden states then.
+        """
+        c = self.config
         # Whole rows for the lookup: XLA would else replicate its result, [N, B, T, hidden].
         x = constrain(self.embed_tokens.weight[...], "vocab", None)[tokens].astype(self.dtype)
         x = _scattered(x)
         cos, sin = rope(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        kernel = choose_kernel(self.attention, self.dtype, c.windows is not None, tokens.shape[-1])
-        own_mask = mask[:, :, None, :]
-        # Kernels need no square of the length to know the order.
-        if kernel == "xla" or (kernel == "cudnn" and (owners is not None or c.windows is not None)):
-            steps = jnp.arange(tokens.shape[-1])
-            own_mask = own_mask & (steps[:, None] >= steps[None, :])
-            if owners is not None:
-                own_mask &= owners[..., :, None] == owners[..., None, :]
-
-        if kernel == "cudnn" and forward_only and c.windows is None:
-            kernel = "cudnn_forward"
 
         def run(x, layers: Layer, of_kind: slice, of_all: slice):
             """Scans a run of layers of one kind, given which of its stack and which of all they are."""
             graphdef, stacked = nnx.split(layers)
 
             def body(x, layer_inputs):
-                weights, keys_values, window, is_last = layer_inputs
-
-                def look(q, k, v):
-                    k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
-                    segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
-                    allowed = own_mask
-                    if window is not None:
-                        see = partial(near, positions, window=window)
-                        segments = [s._replace(mask=s.mask & see(s.positions)) for s in segments]
-                        allowed = allowed & see(positions)
-                    return attend_causal(q, segments, Segment(k, v, allowed), kernel=kernel), (k, v)
-
+                weights, of_layer, window, is_last = layer_inputs
                 layer = nnx.merge(graphdef, weights)
 
                 def whole(x):
-                    x, kv, load = layer(x, mask, cos, sin, look)
+                    x, kv, load = layer(x, mask, cos, sin, partial(look, keys_values=of_layer, window=window))
                     return constrain(x, *_CUT), kv, load
 
-                def keys_values_alone(x):
-                    kv = tuple(y.transpose(0, 3, 1, 2, 4) for y in layer.keys_values(x, cos, sin))
+                def in_part(x):
                     nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(whole, x)[2])
-                    return x, kv, nothing
+                    return x, at_last(layer, x, cos, sin), nothing
 
-                if states:
-                    x, *new = whole(x)
-                    return x, new
-                x, kv, load = jax.lax.cond(is_last, keys_values_alone, whole, x)
-                # Of what a condition gives back, a GPU's compiler would else gather all rows.
-                return x, [tuple(constrain(y, "batch", "kv_heads", None, None, None) for y in kv), load]
+                x, *new = whole(x) if at_last is None else jax.lax.cond(is_last, in_part, whole, x)
+                return x, new
 
             if remat != "none":
                 body = jax.checkpoint(body, policy=_SAVED[remat])
-            is_last = None if states else jnp.arange(c.num_hidden_layers) == c.num_hidden_layers - 1
-            of_each = take_layers(([(s.k, s.v) for s in context], c.windows, is_last), of_all)
+            is_last = None if at_last is None else jnp.arange(c.num_hidden_layers) == c.num_hidden_layers - 1
+            of_each = take_layers((context, c.windows, is_last), of_all)
             return jax.lax.scan(body, x, (take_layers(stacked, of_kind), *of_each))
 
         keys_values, loads = [], []
@@ -289,7 +316,7 @@ class Qwen3(nnx.Module):
             loads += [load] if experts else []
         kv = jax.tree.map(lambda *parts: jnp.concatenate(parts), *keys_values)
         load = jax.tree.map(lambda *parts: jnp.concatenate(parts).sum(0), *loads) if loads else None
-        return _gathered(self.norm(x)) if states else None, kv, load
+        return _gathered(self.norm(x)) if at_last is None else None, kv, load
 
     @property
     def head(self) -> jax.Array:

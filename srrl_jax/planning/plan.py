@@ -212,12 +212,12 @@ def _tree(group: str, program: str, setup: Setup) -> Tree:
     if group in ("logprob", "update"):
         return Tree(setup.shapes.microbatch, setup.shapes.prompt, c.group_size, setup.shapes.completions[-1])
     sampler = setup.sampler(group)
-    shapes, largest = sampler.shapes, sampler.shapes.prefill[-1]
+    shapes = sampler.shapes
     if program in ("prefill", "score"):
-        return Tree(largest.rows, largest.prefix, largest.lanes, largest.lane)
+        return Tree(sampler.shards * max(1, shapes.pack // shapes.row), shapes.row, 0, 0)
     if program == "shared prefix":
         return Tree(1, len(sampler.shared), 0, 0)
-    return Tree(shapes.running, shapes.prefix, shapes.fan_out, shapes.own)
+    return Tree(shapes.running, shapes.row, shapes.fan_out, shapes.own)
 
 
 def _phase(compiled: Compiled, setup: Setup, topology: Topology, assumptions: Assumptions) -> Phase:
@@ -299,7 +299,7 @@ def _runs(group: str, program: str, setup: Setup, a: Assumptions) -> float:
         case "empty caches" | "shared prefix":
             return 1
         case "prefill" | "score":
-            return math.ceil(rows * size / shapes.prefill[-1].rows)
+            return math.ceil(rows * size * shapes.row / (sampler.shards * shapes.pack))
     # Slots fill again as branches end; only the last ones run to the limit while others stay empty.
     waves = math.ceil(rows * size * shapes.fan_out / shapes.slots)
     return ((waves - 1) * mean + sampler.new_tokens) / sampler.chunk

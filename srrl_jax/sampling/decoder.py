@@ -1,6 +1,5 @@
 """The network as it decodes: one token for each running branch, on caches that are written in place."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srrl_jax.models.attention import NEVER, near, platform
+from srrl_jax.models.attention import NEVER, attend_part, merge_parts, platform
 from srrl_jax.models.int8 import Int8, quantize
 from srrl_jax.models.modules import MLP
 from srrl_jax.models.qwen3 import Qwen3, layer_runs, take_layers
@@ -31,19 +30,25 @@ class KeysValues(NamedTuple):
 
 
 class PrefixCache(NamedTuple):
-    """Prefixes that running branches continue: N rows with B cells each, over R shards of the mesh.
+    """Rows whose branches run, each a prefix and then what its branches are given: N rows with B cells each,
+    over R shards of the mesh.
 
-    Shapes: `kv` of N sequences; `lengths` int32 [N]; `slots` int32 [R, N / R * B], which slot of its shard
-    holds the branch of a cell, -1 where none does.
+    Shapes: `kv` of N sequences; `lengths` int32 [N], of the prefixes; `first`, `ends` int32 [N, B], from
+    where to before where a row holds what the branch of a cell is given; `slots` int32 [R, N / R * B], which
+    slot of its shard holds the branch of a cell, -1 where none does.
     """
 
     kv: KeysValues
     lengths: jax.Array
+    first: jax.Array
+    ends: jax.Array
     slots: jax.Array
 
 
 class BranchCache(NamedTuple):
-    """The own tokens of S running branches, in a ring: all have their next token in column `end` modulo T.
+    """What S running branches have drawn, after the last token given to them, in a ring.
+
+    All have their next token in column `end` modulo T.
 
     Shapes: `kv` of S sequences; `lengths` int32 [S], tokens in the columns before `end`; `positions` int32
     [S], of the next token; `cells` int32 [R, S / R], the branch's cell among those of its shard; `end` int32.
@@ -154,6 +159,8 @@ class Decoder(nnx.Module):
             cos[:, 0, 0],
             sin[:, 0, 0],
             prefixes.lengths,
+            prefixes.first,
+            prefixes.ends,
             prefixes.slots,
             branches.cells,
             jnp.where(alive, branches.lengths, 0),
@@ -162,23 +169,24 @@ class Decoder(nnx.Module):
 
         n, p = prefixes.lengths.size, prefixes.kv.v[0].shape[-2]
         at = pick(branches.positions, prefixes.slots).reshape(n, -1)  # of the query in each cell [N, B]
-        in_prefix = jnp.broadcast_to((jnp.arange(p) < prefixes.lengths[:, None])[:, None], (*at.shape, p))
+        place, lengths, first = jnp.arange(p), prefixes.lengths[:, None, None], prefixes.first[..., None]
+        in_row = (place < lengths) | ((first <= place) & (place < prefixes.ends[..., None]))  # [N, B, P]
         width = branches.kv.v[0].shape[-2]
         column = branches.end % width
         age = (branches.end - jnp.arange(width)) % width  # of each column, 0 for the new token
         in_branch = age <= branches.lengths[:, None]
         # Blocks of keys that hold something: from the first on, so many.
-        prefix_blocks = 0, -(-prefixes.lengths.max() // KEY_BLOCK)
+        row_blocks = 0, -(-jnp.maximum(prefixes.lengths.max(), prefixes.ends.max()) // KEY_BLOCK)
         oldest = branches.end - jnp.where(alive, branches.lengths, 0).max()
-        first = oldest // KEY_BLOCK
-        own_blocks = first, jnp.minimum(branches.end // KEY_BLOCK - first + 1, width // KEY_BLOCK)
+        begin = oldest // KEY_BLOCK
+        own_blocks = begin, jnp.minimum(branches.end // KEY_BLOCK - begin + 1, width // KEY_BLOCK)
 
         def run(layer, x, own: KeysValues, prefix: tuple, trunk: tuple, window, index=()):
             """One layer; `own` of its whole stack, at `index` (of its own, without)."""
-            shared_mask, prefix_mask, own_mask = jnp.ones((1, tokens.size, start), bool), in_prefix, in_branch
+            shared_mask, row_mask, own_mask = jnp.ones((1, tokens.size, start), bool), in_row, in_branch
             if window is not None:
-                keys = start + jnp.arange(p)[None, None]
-                prefix_mask = in_prefix & near(at[..., None], keys, window)[:, :, 0]
+                keys = start + jnp.where(place < lengths, place, lengths + place - first)
+                row_mask = in_row & (at[..., None] - keys < window)
                 shared_mask = (branches.positions[:, None] - jnp.arange(start) < window)[None]
                 own_mask = in_branch & (age < window)
             written = []
@@ -190,11 +198,12 @@ class Decoder(nnx.Module):
                 here = jax.tree.map(lambda x: x[index] if index else x, written[0])
                 q = (q * jnp.asarray(c.head_dim**-0.5, q.dtype)).reshape(len(q), k.shape[3], -1, c.head_dim)
                 parts = [_attend_blocks(q, *here, own_mask[:, None, None], own_blocks)]
-                met = _attend_prefixes(pick(q, prefixes.slots), *prefix, prefix_mask, prefix_blocks)
+                met = _attend_prefixes(pick(q, prefixes.slots), *prefix, row_mask, row_blocks)
                 parts.append([pick(x, branches.cells) for x in met])
                 if start:
                     parts.append(_attend_prefixes(q, *trunk, shared_mask, (0, -(-start // KEY_BLOCK))))
-                return _normalized(_merge(parts)).astype(q.dtype).reshape(len(q), 1, 1, -1), None
+                _, total, values = merge_parts(parts)
+                return (values / total).astype(q.dtype).reshape(len(q), 1, 1, -1), None
 
             x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
             return x, written[0]
@@ -272,14 +281,14 @@ def _attend_prefixes(q: jax.Array, k: Cache, v: Cache, mask: jax.Array, blocks) 
 
 
 def _attend_blocks(q, k: Cache, v: Cache, mask, blocks) -> list[jax.Array]:
-    """`_attend_part`, a block of `KEY_BLOCK` keys after the other, over `blocks`: from the first on (counted
+    """`attend_part`, a block of `KEY_BLOCK` keys after the other, over `blocks`: from the first on (counted
     modulo the cache's), how many. The rest of the cache is not read.
 
     A GPU reads all at once: its host would have to start each round of a loop.
     """
     size = v.shape[-2]
     if size <= KEY_BLOCK or size % KEY_BLOCK or platform() == "gpu":
-        return _attend_part(q, k, v, mask)
+        return attend_part(q, k, v, mask)
     first, count = blocks
 
     def block(x, i, axis):
@@ -287,35 +296,7 @@ def _attend_blocks(q, k: Cache, v: Cache, mask, blocks) -> list[jax.Array]:
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, axis), x)
 
     def meet(i, done):
-        return _merge([done, _attend_part(q, block(k, i, -1), block(v, i, -2), block(mask, i, -1))])
+        return merge_parts([done, attend_part(q, block(k, i, -1), block(v, i, -2), block(mask, i, -1))])
 
     nothing = (jnp.full((*q.shape[:3], 1), NEVER), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape))
     return jax.lax.fori_loop(0, count, meet, [x.astype(jnp.float32) for x in nothing])
-
-
-def _merge(parts) -> list[jax.Array]:
-    """What `_attend_part` gives of all keys, from what it gives of parts of them."""
-    top = functools.reduce(jnp.maximum, [part[0] for part in parts])
-    scales = [jnp.exp(part[0] - top) for part in parts]
-    total = sum(scale * part[1] for scale, part in zip(scales, parts, strict=True))
-    return [top, total, sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))]
-
-
-def _normalized(part) -> jax.Array:
-    _, total, values = part
-    return values / total
-
-
-def _attend_part(q, k: Cache, v: Cache, mask) -> list[jax.Array]:
-    """Maximum, sum and weighted values, float32 [A, K, Q, 1 or D], of queries over some of their keys."""
-    # A scale is of a whole key or value, so it can be applied to the scores and the weights instead.
-    one = jnp.ones((1, 1), jnp.float32)
-    k, k_scale = k if isinstance(k, Int8) else (k, one)
-    v, v_scale = v if isinstance(v, Int8) else (v, one)
-    scores = jnp.einsum("akqd,akds->akqs", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * k_scale, NEVER)
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    weighted = (weights * v_scale.mT).astype(q.dtype)
-    values = jnp.einsum("akqs,aksd->akqd", weighted, v.astype(q.dtype), preferred_element_type=jnp.float32)
-    return [top, weights.sum(-1, keepdims=True), values]

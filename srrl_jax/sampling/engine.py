@@ -12,18 +12,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models.attention import Segment, platform
+from srrl_jax.models.attention import platform
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.head import token_logprobs
 from srrl_jax.models.int8 import quantize
 from srrl_jax.models.modules import project
+from srrl_jax.models.packed import Pack, sequence
 from srrl_jax.models.qwen3 import Qwen3
-from srrl_jax.models.tree import LaneBatch, extend_shared, prefill
 from srrl_jax.parallel import rollout_layout, row_shards
 from srrl_jax.parallel.mesh import mesh_axes
 from srrl_jax.sampling.decoder import (
     BranchCache,
-    Cache,
     Decoder,
     KeysValues,
     PrefixCache,
@@ -85,10 +84,21 @@ class SamplingParams(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    """Rows that enter: `batch`, their tokens but the last of each branch, which is in `last` int32 [n, B];
-    `ids` uint32 [n], the numbers of the rows that random keys are folded from."""
+    """Rows that enter, a pack for each of R shards; up to n rows of a pack, with up to B branches.
 
-    batch: LaneBatch
+    `last`, the newest token of each branch, is not in the pack.
+
+    Shapes: `begins` int32 [R, n], the place of a row's first token, T where there is no row; `lengths` int32
+    [R, n], of its prefix; `first`, `ends` int32 [R, n, B], from where to before where the row holds what a
+    branch is given; `last` int32 [R, n, B]; `ids` uint32 [R, n], the rows' numbers that random keys are
+    folded from.
+    """
+
+    pack: Pack
+    begins: jax.Array
+    lengths: jax.Array
+    first: jax.Array
+    ends: jax.Array
     last: jax.Array
     ids: jax.Array
 
@@ -96,10 +106,12 @@ class Arrivals(NamedTuple):
 class Admission(NamedTuple):
     """Where arrivals go, by shard of the mesh; -1 leaves what is there.
 
-    `rows` int32 [R, N / R] and `branches` int32 [R, S / R]: the arrived row, or the cell of the arrived
-    branch, that comes here; `slots` and `cells`: of `PrefixCache` and `BranchCache`, as they are to be.
+    `places` int32 [R, n]: of each arrived row, in the cache of its shard. `rows` int32 [R, N / R] and
+    `branches` int32 [R, S / R]: the arrived row, or the cell of the arrived branch, that comes here; `slots`
+    and `cells`: of `PrefixCache` and `BranchCache`, as they are to be.
     """
 
+    places: jax.Array
     rows: jax.Array
     branches: jax.Array
     slots: jax.Array
@@ -120,7 +132,7 @@ class Programs(NamedTuple):
     decode: Callable
     score: Callable
     places: DecodeState | None
-    shared_places: tuple[Segment, KeysValues] | None
+    shared_places: tuple[tuple, KeysValues] | None
 
 
 @functools.cache  # so that samplers alike share what was compiled
@@ -147,20 +159,19 @@ def make_programs(
       chunk: most tokens that a run of `decode` draws.
       top_k, truncates: see `choose`.
     """
-    cached = partial(_cached, dtype=dtype, int8=int8[1])
+    cached = partial(_cached, config, dtype=dtype, int8=int8[1])
 
     def prefill_shared(params, tokens):
-        segment = extend_shared(nnx.merge(graphdef, params), tokens)
-        k, v = segment.k[:, :, :, 0].swapaxes(3, 4), segment.v[:, :, :, 0]
-        return segment, _stacked(config, cached(k, axis=-2), cached(v, axis=-1))
+        _, kv = nnx.merge(graphdef, params).prefill(sequence(tokens))
+        return kv, cached(kv)
 
     def empty_caches(key):
         return _empty(key, config, shapes, 1 if mesh is None else row_shards(mesh), cached)
 
     def prefill_rows(params, shared, state, arrivals, admission, key):
-        start = 0 if shared is None else shared.k.shape[-2]
-        prefix, lanes, _ = prefill(nnx.merge(graphdef, params), arrivals.batch, shared)
-        return _admit(config, cached, state, prefix, lanes, arrivals, admission, key, start)
+        start = shared[0].shape[2] if shared else 0
+        _, kv = nnx.merge(graphdef, params).prefill(arrivals.pack, shared)
+        return _admit(cached(kv), state, arrivals, admission, key, start)
 
     def decode(weights, shared, state, rule, enough, width):
         model, kv = nnx.merge(decoder, jax.tree.unflatten(layout, weights)), state.branches.kv
@@ -173,19 +184,16 @@ def make_programs(
         )
         return out, state._replace(branches=state.branches._replace(kv=back))
 
-    def score(params, shared, batch, candidates):
-        return _score(nnx.merge(graphdef, params), shared, batch, candidates)
+    def score(params, shared, arrivals, candidates):
+        return _score(nnx.merge(graphdef, params), shared, arrivals, candidates)
 
     everywhere = places = shared_places = None
     if mesh is not None:
         everywhere = NamedSharding(mesh, P())
         heads = mesh_axes("kv_heads", config.num_key_value_heads) or None
-        whole = NamedSharding(mesh, P(None, None, heads))
-        cached_whole = NamedSharding(mesh, P(None, heads)) if layers_lie_apart() else whole
-        shared_places = (
-            Segment(whole, whole, everywhere, everywhere),
-            KeysValues(cached_whole, cached_whole),
-        )
+        whole = NamedSharding(mesh, P(None, None, None, heads))
+        cached_whole = NamedSharding(mesh, P(*[None] * (1 if layers_lie_apart() else 2), heads))
+        shared_places = (whole, whole), KeysValues(cached_whole, cached_whole)
         places = _places(jax.eval_shape(empty_caches, ANY_KEY), mesh)
     return Programs(
         prepare=_make_prepare(graphdef, mesh, int8[0]),
@@ -214,46 +222,48 @@ def _make_prepare(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None, int8: 
     return jax.jit(prepare_weights, donate_argnums=1, keep_unused=True)
 
 
-def _cached(x: jax.Array, axis: int, dtype: jnp.dtype, int8: bool) -> Cache:
-    """Keys or values as the caches keep them; `axis` is that of the head dimension."""
-    return quantize(x, axis) if int8 else x.astype(dtype)
-
-
-def _stacked(config: Qwen3Config, k: Cache, v: Cache) -> KeysValues:
-    """Keys and values [layers, ...] in the stacks of a `Decoder`."""
+def _cached(config: Qwen3Config, kv: tuple[jax.Array, jax.Array], dtype: jnp.dtype, int8: bool) -> KeysValues:
+    """Keys and values, each [layers, A, T, K, D], as the caches keep them, in the stacks of a `Decoder`."""
     apart = layers_lie_apart()
 
-    def stacks(cache):
+    def stacks(x, *axes, axis):
+        x = x.transpose(0, 1, *axes)
+        x = quantize(x, axis) if int8 else x.astype(dtype)
         places = [run.start if apart else run for _, _, run in stacks_of(config.has_experts)]
-        return tuple(jax.tree.map(operator.itemgetter(place), cache) for place in places)
+        return tuple(jax.tree.map(operator.itemgetter(place), x) for place in places)
 
-    return KeysValues(stacks(k), stacks(v))
+    return KeysValues(stacks(kv[0], 3, 4, 2, axis=-2), stacks(kv[1], 3, 2, 4, axis=-1))
 
 
 def _empty(key, c: Qwen3Config, shapes: Shapes, shards: int, cached) -> DecodeState:
     """Nothing runs yet. Any typed `key` will do: it is of the kind of keys to come."""
 
     def caches(count, tokens):
-        def zeros(*last, axis):
-            shape = jax.ShapeDtypeStruct(
-                (c.num_hidden_layers, count, c.num_key_value_heads, *last), jnp.float32
-            )
-            # Their shapes alone: XLA would round zeros for seconds while it compiles.
-            return jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(cached, axis=axis), shape)
-            )
+        shape = (c.num_hidden_layers, count, tokens, c.num_key_value_heads, c.head_dim)
+        kv = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2
+        # Their shapes alone: XLA would round zeros for seconds while it compiles.
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(cached, kv))
 
-        return _stacked(c, zeros(c.head_dim, tokens, axis=-2), zeros(tokens, c.head_dim, axis=-1))
+    def numbers(*shape):
+        return jnp.zeros(shape, jnp.int32)
 
     rows, slots = shapes.rows, shapes.slots
-    none = jnp.zeros(slots, jnp.int32)
-    cells = jnp.zeros((shards, rows * shapes.fan_out // shards), jnp.int32)
-    prefixes = PrefixCache(caches(rows, shapes.prefix), jnp.zeros(rows, jnp.int32), cells)
-    own = jnp.zeros((shards, slots // shards), jnp.int32)
-    # Not before the longest that may be given, so that nothing lies around the corner of the ring at first.
-    end = jnp.int32(shapes.prefill[-1].lane)
-    branches = BranchCache(caches(slots, shapes.own), none, none, own, end)
-    return DecodeState(prefixes, branches, jax.random.split(key, slots), none, none, jnp.zeros(slots, bool))
+    prefixes = PrefixCache(
+        caches(rows, shapes.row),
+        numbers(rows),
+        numbers(rows, shapes.fan_out),
+        numbers(rows, shapes.fan_out),
+        numbers(shards, rows * shapes.fan_out // shards),
+    )
+    branches = BranchCache(
+        caches(slots, shapes.own),
+        numbers(slots),
+        numbers(slots),
+        numbers(shards, slots // shards),
+        jnp.int32(0),
+    )
+    keys = jax.random.split(key, slots)
+    return DecodeState(prefixes, branches, keys, numbers(slots), numbers(slots), jnp.zeros(slots, bool))
 
 
 def _columns(kv: KeysValues, width: int) -> KeysValues:
@@ -286,79 +296,42 @@ def _places(state: DecodeState, mesh: jax.sharding.Mesh) -> DecodeState:
 
 
 def _admit(
-    config: Qwen3Config,
-    cached,
-    state: DecodeState,
-    prefix: Segment,
-    lanes: Segment | None,
-    arrivals: Arrivals,
-    admission: Admission,
-    key: jax.Array,
-    start: int,
+    new: KeysValues, state: DecodeState, arrivals: Arrivals, admission: Admission, key: jax.Array, start: int
 ) -> DecodeState:
-    """Puts rows that `prefill` has computed into the caches, and their branches into slots.
+    """Puts rows that were prefilled into the cache, and their branches into slots.
 
     Args:
+      new: keys and values of the packs, as the caches keep them.
       key: token i of branch b of a row is drawn with the key folded with (the row's number, b, i).
-      start: tokens that all prefixes begin with, computed before.
+      start: tokens that all rows begin with, computed before.
     """
-    batch, prefixes, branches = arrivals.batch, state.prefixes, state.branches
-    n, b = batch.lengths.shape
+    prefixes, branches = state.prefixes, state.branches
+    b = arrivals.last.shape[-1]
 
     def place(index, new, old):
         chosen = index.reshape(-1) >= 0
         new = pick(new, jnp.maximum(index, 0))
         return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    def scatter(index, new, old):
-        """`place`, written where it goes: a GPU would else copy all of the caches for each prefill."""
-
-        def one_shard(index, new, old):
-            goes = jnp.full(len(new), len(old)).at[jnp.where(index < 0, len(new), index)]
-            goes = goes.set(jnp.arange(len(old)), mode="drop")
-            return old.at[goes].set(new, mode="drop", unique_indices=True)
-
-        new, parts = (x.reshape(len(index), -1, *x.shape[1:]) for x in (new, old))
-        return jax.vmap(one_shard)(index, new, parts).reshape(old.shape)
-
-    def put(index, k, v, old: KeysValues) -> KeysValues:
-        """Keys and values [layers, n, K, T, D]."""
-        one = partial(scatter if platform() == "gpu" else place, index)
-        new = _stacked(config, cached(k.swapaxes(-1, -2), axis=-2), cached(v, axis=-1))
-        return jax.tree.map(lambda x, y: one(x, y) if x.ndim == 4 else jax.vmap(one)(x, y), new, old)
-
-    def padded(x):  # [layers, n, K, 1, P, D]
-        size = prefixes.kv.v[0].shape[-2]
-        return jnp.pad(x[:, :, :, 0], [(0, 0)] * 3 + [(0, size - x.shape[-2]), (0, 0)])
+    def of_rows(new, old):
+        return place(admission.rows, new.reshape(-1, *new.shape[2:]), old)
 
     prefixes = PrefixCache(
-        put(admission.rows, padded(prefix.k), padded(prefix.v), prefixes.kv),
-        place(admission.rows, batch.prefix_lengths, prefixes.lengths),
+        write_rows(prefixes.kv, new, arrivals, admission.places),
+        of_rows(arrivals.lengths, prefixes.lengths),
+        of_rows(arrivals.first, prefixes.first),
+        of_rows(arrivals.ends, prefixes.ends),
         admission.slots,
     )
-    if lanes is not None:
-        width = branches.kv.v[0].shape[-2]
-        # Each column of the ring holds one of a branch's tokens, the last of them right before `end`.
-        number = batch.lengths[..., None] - 1 - (branches.end - 1 - jnp.arange(width)) % width  # [n, B, W]
-        at = jnp.clip(batch.first[..., None] + number, 0, batch.lanes[0].size - 1).reshape(1, n, 1, -1, 1)
-
-        def in_columns(x):  # [layers, n, K, J, L, D] -> [layers, n * B, K, W, D]
-            x = jnp.take_along_axis(x.reshape(*x.shape[:3], -1, x.shape[-1]), at, axis=3)
-            x = x.reshape(*x.shape[:3], b, width, -1).swapaxes(2, 3)
-            return x.reshape(len(x), n * b, *x.shape[3:])
-
-        kv = put(admission.branches, in_columns(lanes.k), in_columns(lanes.v), branches.kv)
-        branches = branches._replace(kv=kv)
-    lengths = batch.lengths.reshape(-1)
-    positions = start + jnp.repeat(batch.prefix_lengths, b) + lengths
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, arrivals.ids)
+    positions = start + arrivals.lengths[..., None] + arrivals.ends - arrivals.first
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, arrivals.ids.reshape(-1))
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(b))
     here = admission.branches.reshape(-1) >= 0
     return DecodeState(
         prefixes,
         branches._replace(
-            lengths=place(admission.branches, lengths, branches.lengths),
-            positions=place(admission.branches, positions, branches.positions),
+            lengths=jnp.where(here, 0, branches.lengths),
+            positions=place(admission.branches, positions.reshape(-1), branches.positions),
             cells=admission.cells,
         ),
         place(admission.branches, keys.reshape(-1), state.keys),
@@ -366,6 +339,65 @@ def _admit(
         place(admission.branches, arrivals.last.reshape(-1), state.last),
         state.alive | here,
     )
+
+
+def write_rows(cache: KeysValues, new: KeysValues, arrivals: Arrivals, places: jax.Array) -> KeysValues:
+    """The cache of rows with those of a pack, on each shard; what lies behind a row means nothing.
+
+    Args:
+      places: see `Admission`.
+    """
+    one_shard = _scatter_tokens if platform() == "gpu" else _copy_rows
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = cache.v[0].shape[-3]
+        cut = mesh_axes("batch", len(places)) or None, mesh_axes("kv_heads", heads) or None
+        caches = P(*[None] * (0 if layers_lie_apart() else 1), *cut)
+        one_shard = jax.shard_map(
+            one_shard,
+            in_specs=(caches, caches, P(cut[0]), P(cut[0]), P(cut[0])),
+            out_specs=caches,
+            check_vma=False,
+        )
+    return one_shard(cache, new, arrivals.begins, arrivals.pack.positions, places)
+
+
+def _copy_rows(cache: KeysValues, new: KeysValues, begins, positions, places) -> KeysValues:
+    """Row by row, each as long as the longest."""
+    size = cache.v[0].shape[-2]
+
+    def padded(x, axis):  # so that no slice is moved for want of tokens
+        return jnp.pad(x, [(0, size if i == x.ndim + axis else 0) for i in range(x.ndim)])
+
+    def put(i, cache):
+        def one(old, new, axis):
+            row = jax.lax.dynamic_slice_in_dim(new, begins[0, i], size, new.ndim + axis)
+            return jax.lax.dynamic_update_slice_in_dim(old, row, places[0, i], old.ndim - 4)
+
+        return KeysValues(
+            *(jax.tree.map(partial(one, axis=a), *x) for a, *x in zip(axes, cache, new, strict=True))
+        )
+
+    axes = -1, -2  # of tokens, in keys and in values
+    new = KeysValues(*(jax.tree.map(partial(padded, axis=a), x) for a, x in zip(axes, new, strict=True)))
+    return jax.lax.fori_loop(0, (places[0] >= 0).sum(), put, cache)
+
+
+def _scatter_tokens(cache: KeysValues, new: KeysValues, begins, positions, places) -> KeysValues:
+    """Token by token, all at once: a GPU's host would have to start each round of a loop."""
+    token = jnp.arange(positions.shape[1])
+    row = jnp.searchsorted(begins[0], token, side="right") - 1
+    size = cache.v[0].shape[0]
+    place = jnp.where(positions[0] >= 0, places[0, row], size + token)  # padding goes nowhere
+    column = token - begins[0, row]
+    write = dict(mode="drop", unique_indices=True)
+
+    def keys(old, new):  # [N, K, D, P], [1, K, D, T]
+        return old.at[place, :, :, column].set(new[0].transpose(2, 0, 1), **write)
+
+    def values(old, new):  # [N, K, P, D], [1, K, T, D]
+        return old.at[place, :, column].set(new[0].swapaxes(0, 1), **write)
+
+    return KeysValues(jax.tree.map(keys, cache.k, new.k), jax.tree.map(values, cache.v, new.v))
 
 
 def _decode(
@@ -424,11 +456,16 @@ def _decode(
     return out, state
 
 
-def _score(model: Qwen3, shared: Segment | None, batch: LaneBatch, candidates: jax.Array) -> jax.Array:
-    """Log-probabilities float32 [N, B, C] of the candidates, each as the next token of a branch."""
-    _, _, last = prefill(model, batch, shared, states=True)
+def _score(model: Qwen3, shared: tuple, arrivals: Arrivals, candidates: jax.Array) -> jax.Array:
+    """Log-probabilities float32 [R, n, B, C] of the candidates, each as the next token of a branch."""
+    hidden, _ = model.prefill(arrivals.pack, shared, states=True)
+    own = arrivals.ends > arrivals.first
+    last = arrivals.begins[..., None] + jnp.where(own, arrivals.ends, arrivals.lengths[..., None]) - 1
+    shape = last.shape
+    last = jnp.clip(last.reshape(len(last), -1), 0, hidden.shape[1] - 1)
+    last = jnp.take_along_axis(hidden, last[..., None], axis=1)  # [R, n * B, hidden]
     # That of one candidate is of the whole vocabulary; the others differ from it by their logits.
     first = jnp.broadcast_to(candidates[0], (*last.shape[:2], 1))
     whole, _ = token_logprobs(last[:, :, None], model.head, first)
     logits = project(last, model.head[candidates], jnp.float32)
-    return whole + logits - logits[..., :1]
+    return (whole + logits - logits[..., :1]).reshape(*shape, -1)

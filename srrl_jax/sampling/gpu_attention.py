@@ -16,11 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax.models import gpu_prefill
 from srrl_jax.models.attention import NEVER, platform
 from srrl_jax.models.config import Qwen3Config
+from srrl_jax.models.gpu_prefill import KEYS  # that a program meets at a time; divides the size of a cache
 from srrl_jax.parallel import mesh_axes
 
-KEYS = 64  # that a program meets at a time; divides the size of a cache
 _ROWS = 16, 64  # fewest and most queries of a product
 _PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, prefixes are split,
 _SPLITS = 8  # into so many parts at most
@@ -39,13 +40,16 @@ class NewToken(NamedTuple):
 class Places(NamedTuple):
     """What a token's attention reads and where, alike in all layers; see `PrefixCache` and `BranchCache`.
 
-    Shapes: `cos`, `sin` float32 [S, D / 2]; `prefix_lengths` int32 [N]; `slots` int32 [R, N / R * B]; `cells`
-    int32 [R, S / R]; `lengths` int32 [S], of what lies before `column` int32 [1], the new token's.
+    Shapes: `cos`, `sin` float32 [S, D / 2]; `prefix_lengths` int32 [N]; `first`, `ends` int32 [N, B]; `slots`
+    int32 [R, N / R * B]; `cells` int32 [R, S / R]; `lengths` int32 [S], of what lies before `column` int32
+    [1], the new token's.
     """
 
     cos: jax.Array
     sin: jax.Array
     prefix_lengths: jax.Array
+    first: jax.Array
+    ends: jax.Array
     slots: jax.Array
     cells: jax.Array
     lengths: jax.Array
@@ -53,11 +57,10 @@ class Places(NamedTuple):
 
 
 def computes(config: Qwen3Config) -> bool:
-    """Whether decoding runs on a GPU, and the kernels know this network's attention: sizes that are powers of
-    two, and no sliding window."""
-    sizes = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    powers = all(size & (size - 1) == 0 for size in sizes)
-    return platform() == "gpu" and powers and config.head_dim >= 32 and config.windows is None
+    """Whether decoding runs on a GPU, and the kernels know this network's attention: that of `gpu_prefill`,
+    with a power of two of queries for each key."""
+    group = config.num_attention_heads // config.num_key_value_heads
+    return gpu_prefill.computes(config) and group & (group - 1) == 0
 
 
 def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):
@@ -85,7 +88,7 @@ def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):
             cut,
             cut,
             P(None, heads),
-            Places(row, row, row, row, row, row, P()),
+            Places(*[row] * 8, P()),
         ),
         out_specs=(cut, cut),
         check_vma=False,
@@ -150,8 +153,8 @@ def _queries(new: NewToken, places: Places, slots, head, group, eps: float) -> l
 
 def _meet(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
     """Softmax statistics (maximum, sum, weighted values) with `KEYS` more keys: those from `start` on of the
-    sequence and head `of`, where `mask` bool [KEYS], if any. What it hides is read all the same: a masked
-    load would be one of single numbers."""
+    sequence and head `of`, where `mask` bool [queries or 1, KEYS], if any. What it hides is read all the
+    same: a masked load would be one of single numbers."""
     top, total, values = state
     half, columns = q[0].shape[1], pl.ds(start, KEYS)
     exact = jax.lax.Precision.HIGHEST if q[0].dtype == jnp.float32 else None
@@ -160,7 +163,7 @@ def _meet(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
         keys = k_ref[(*of, pl.ds(i * half, half), columns)]
         scores += plgpu.dot(part, keys.astype(part.dtype), precision=exact)
     if mask is not None:
-        scores = jnp.where(mask[None], scores, NEVER)
+        scores = jnp.where(mask, scores, NEVER)
     higher = jnp.maximum(top, scores.max(1))
     kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
     rows = v_ref[(*of, columns, slice(None))]
@@ -174,7 +177,8 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
     tile, split = pl.program_id(0) // splits, pl.program_id(0) % splits
     head, n = pl.program_id(1), pl.program_id(2)
     row = tile * rows + jnp.arange(rows)
-    slots = places.slots[n * fan_out + jnp.minimum(row // g, fan_out - 1)]
+    branch = jnp.minimum(row // g, fan_out - 1)
+    slots = places.slots[n * fan_out + branch]
     used = slots.max() >= 0  # a row may have fewer branches than the tiles are for
     q = _queries(new, places, jnp.maximum(slots, 0), head, row % g, eps)
     state = (
@@ -191,12 +195,14 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
         size = jnp.int32(shared[1].shape[2] // KEYS)
         blocks = jnp.where(used & (split == 0), size, jnp.int32(0))
         state = jax.lax.fori_loop(jnp.int32(0), blocks, meet_shared, state)
-    length = jnp.where(used, places.prefix_lengths[n], 0)
-    blocks = (length + KEYS - 1) // KEYS
+    length, first, ends = places.prefix_lengths[n], places.first[n, branch], places.ends[n, branch]
+    blocks = jnp.where(used, (jnp.maximum(length, ends.max()) + KEYS - 1) // KEYS, 0)
     each = (blocks + splits - 1) // splits
 
     def meet(i, state):
-        return _meet(q, *prefix, (n, head), i * KEYS, place < length - i * KEYS, state)
+        key = (i * KEYS + place)[None]
+        mask = (key < length) | ((first[:, None] <= key) & (key < ends[:, None]))
+        return _meet(q, *prefix, (n, head), i * KEYS, mask, state)
 
     state = jax.lax.fori_loop(split * each, jnp.minimum(blocks, split * each + each), meet, state)
     here = pl.ds(tile * rows, rows)
@@ -228,7 +234,7 @@ def _meet_own(own, new, places, parts, out_ref, own_ref, *, g, fan_out, eps):
     def meet(i, state):
         start = (oldest // KEYS + i) % (size // KEYS) * KEYS
         age = (column - start - place + size) % size
-        return _meet(q, *own, (slot, head), start, (age > 0) & (age <= length), state)
+        return _meet(q, *own, (slot, head), start, ((age > 0) & (age <= length))[None], state)
 
     top, total, values = jax.lax.fori_loop(0, blocks, meet, (top, total, values))
 

@@ -12,9 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3
-from srrl_jax.models.attention import Segment, choose_kernel
-from srrl_jax.models.tree import LaneBatch
+from srrl_jax.models import Qwen3, gpu_prefill
+from srrl_jax.models.packed import Pack
 from srrl_jax.parallel import (
     ROLLOUT_RULES,
     batch_sharding,
@@ -25,18 +24,10 @@ from srrl_jax.parallel import (
     to_host,
 )
 from srrl_jax.programs import Program, placed, shapes_of
-from srrl_jax.sampling import gpu_attention
 from srrl_jax.sampling.decoder import Decoder, KeysValues
 from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, look_every, make_programs
 from srrl_jax.sampling.scheduler import Batch, Scheduler, batches, sort_rows
-from srrl_jax.sampling.shapes import (
-    MOST_STEPS,
-    Memory,
-    RowLengths,
-    default_budget,
-    place_in_lanes,
-    plan_shapes,
-)
+from srrl_jax.sampling.shapes import MOST_STEPS, Memory, RowLengths, default_budget, plan_shapes
 from srrl_jax.sampling.tokens import SamplingConfig
 
 Tokens = Sequence[int]
@@ -125,11 +116,9 @@ class Sampler:
             )
         self.mesh = mesh
         self.new_tokens, self.sampling, self.stop_ids = new_tokens, sampling, tuple(stop_ids)
-        by_kernel = int8 != "weights_kv" and gpu_attention.computes(c)
-        whole = gpu_attention.KEYS if by_kernel else 1
+        whole = gpu_prefill.KEYS if gpu_prefill.computes(c) else 1
         self.allowed, self.shared = allowed or c.vocab_size, tuple(shared[: len(shared) // whole * whole])
         self.int8_weights = int8 != "none"
-        kernel = choose_kernel(model.attention, model.dtype, c.windows is not None, tokens=2)
         self.shards = 1 if mesh is None else row_shards(mesh)
         self.memory = Memory(
             c,
@@ -137,15 +126,13 @@ class Sampler:
             default_budget() if memory_gb is None else int(memory_gb * 1e9),
             tensor=1 if mesh is None else mesh.shape["tensor"],
             shards=self.shards,
-            has_scores=kernel == "xla",  # kernels never write them down
         )
         self.shapes = plan_shapes(
             [self._rest(row) for row in rows],
             new_tokens,
             self.memory,
             together=together or len(rows),
-            apart=kernel == "splash",  # whose masks are made before lengths are known
-            by_mean=by_kernel,
+            positions=c.max_position_embeddings - len(self.shared),
         )
         self.graphdef = graphdef = nnx.graphdef(model)
         decoder = nnx.eval_shape(
@@ -202,13 +189,12 @@ class Sampler:
         weights = self.prepare(params)
         shared, shared_cache = self._begin(weights.params)
         rule, key = self._everywhere(self.sampling_params(stop_ids)), self._key(key)
-        state, end, widths = self.jitted.empty(key), self.shapes.prefill[-1].lane, self.shapes.widths
+        state, end, widths = self.jitted.empty(key), 0, self.shapes.widths
         decoder = tuple(jax.tree.leaves(weights.decoder))
         while scheduler.waiting or scheduler.running.any():
             while batch := scheduler.next_batch():
-                arrivals = self._pack(batch, rows, prefixes, branches, row_ids)
-                admission = scheduler.admit(batch)
-                arrivals, admission = self._place(arrivals), self._place(admission)
+                arrivals = self._pack(batch, prefixes, branches, row_ids)
+                arrivals, admission = self._place(arrivals), self._place(scheduler.admit(batch))
                 state = self.jitted.enter(weights.params, shared, state, arrivals, admission, key)
             while len(widths) > 1 and end + self.chunk > widths[0]:
                 widths = widths[1:]
@@ -259,16 +245,15 @@ class Sampler:
 
         def take(batch: Batch, found: jax.Array) -> None:
             nonlocal done
-            found = to_host(found)
-            for seat, row in enumerate(batch.rows):
-                if row >= 0:
-                    results[row] = found[seat, : len(branches[row])]
+            for of_shard, entered in zip(to_host(found), batch, strict=True):
+                for scored, row in zip(of_shard, entered, strict=False):
+                    results[row] = scored[: len(branches[row])]
                     done += len(branches[row])
             on_wave(done, total)
 
         started = deque()
-        for batch in batches(order, self.shapes):
-            packed = self._pack(batch, rows, prefixes, branches, range(len(rows)), whole=True).batch
+        for batch in batches(rows, order, self.shapes, self.shards):
+            packed = self._pack(batch, prefixes, branches, range(len(rows)), whole=True)
             started.append((batch, self.jitted.score(params, shared, self._place(packed), candidates)))
             if len(started) > 1:  # the device goes on while the host takes what is done
                 take(*started.popleft())
@@ -276,10 +261,9 @@ class Sampler:
             take(*last)
         return results
 
-    @property
-    def longest_prefix(self) -> int:
-        """Most tokens of a prefix."""
-        return len(self.shared) + self.shapes.prefill[-1].prefix
+    def holds(self, row: RowLengths) -> bool:
+        """Whether a row of such lengths fits what was planned."""
+        return self.shapes.hold(self._rest(row))
 
     def prepare(self, params: Any, replaces: Weights | None = None) -> Weights:
         """What `generate` makes of weights before anything else, to be made once for several calls.
@@ -306,27 +290,24 @@ class Sampler:
           params: weights, or their shapes with placements.
           stop_ids: as in `generate`.
         """
-        jitted, params = self.jitted, shapes_of(params)
-        shared, cache = None, KeysValues()
+        jitted, params, packs = self.jitted, shapes_of(params), f"{self.shards} x {self.shapes.pack}"
+        shared, cache = (), KeysValues()
         if self.shared:
             tokens = self._shapes(np.zeros(len(self.shared), np.int32), everywhere=True)
             yield Program("shared prefix", str(len(self.shared)), jitted.begin, (params, tokens))
             shared, cache = placed(jax.eval_shape(jitted.begin, params, tokens), jitted.shared_places)
-        empty = [(shape, Batch(shape, (-1,) * shape.rows)) for shape in self.shapes.prefill]
-        arrivals = [self._shapes(self._pack(batch, [], [], [], [])) for _, batch in empty]
+        nothing: Batch = [[]] * self.shards
+        arrivals = self._shapes(self._pack(nothing, [], [], []))
         if scores:
             ids = self._shapes(np.zeros(2, np.int32), everywhere=True)
-            for (shape, _), arrived in zip(empty, arrivals, strict=True):
-                yield Program("score", str(shape), jitted.score, (params, shared, arrived.batch, ids))
+            yield Program("score", packs, jitted.score, (params, shared, arrivals, ids))
             return
         yield self.relayout(params)
         key = self._shapes(ANY_KEY, everywhere=True)
         yield Program("empty caches", "", jitted.empty, (key,))
         state = placed(jax.eval_shape(jitted.empty, key), jitted.places)
-        scheduler = Scheduler([], [], self.shapes, self.shards)
-        for (shape, batch), arrived in zip(empty, arrivals, strict=True):
-            args = (params, shared, state, arrived, self._shapes(scheduler.admit(batch)), key)
-            yield Program("prefill", str(shape), jitted.enter, args)
+        admission = self._shapes(Scheduler([], [], self.shapes, self.shards).admit(nothing))
+        yield Program("prefill", packs, jitted.enter, (params, shared, state, arrivals, admission, key))
         rule = self.sampling_params(self.stop_ids if stop_ids is None else stop_ids)
         rule, enough = self._shapes((rule, np.int32(0)), everywhere=True)
         args = (tuple(jax.tree.leaves(self.decoding)), cache, state, rule, enough)
@@ -366,12 +347,12 @@ class Sampler:
         rows = [
             RowLengths(len(prefix), list(map(len, row))) for prefix, row in zip(rests, branches, strict=True)
         ]
-        return rows, rests, sort_rows(rows, self.shapes, self.new_tokens)
+        return rows, rests, sort_rows(rows, self.shapes)
 
-    def _begin(self, params: Any) -> tuple[Segment | None, KeysValues]:
+    def _begin(self, params: Any) -> tuple[tuple, KeysValues]:
         """Keys and values of the shared tokens, for prefill and for decoding."""
         if not self.shared:
-            return None, KeysValues()
+            return (), KeysValues()
         return self.jitted.begin(params, self._everywhere(np.asarray(self.shared, np.int32)))
 
     def _everywhere(self, values):
@@ -394,38 +375,50 @@ class Sampler:
         return placed(shapes, NamedSharding(self.mesh, P()) if everywhere else batch_sharding(self.mesh))
 
     def _pack(
-        self, batch: Batch, rows: Sequence[RowLengths], prefixes, branches, row_ids, whole: bool = False
+        self, batch: Batch, prefixes: Sequence[Tokens], branches, row_ids, whole: bool = False
     ) -> Arrivals:
-        """Pads the rows of a batch to its shape, on the host.
+        """Lays the rows of a batch one behind another, on the host.
 
         Decoding starts with the last token given to a branch, where it has none with that of its prefix, so
         that token is left out (unless `whole`). Where some branches of a row have none and some have,
         the prefix's last token is given to each of them.
         """
-        size, prefix, lanes, lane = batch.shape
-        fan_out = self.shapes.fan_out
-        packed = LaneBatch(
-            np.zeros((size, prefix), np.int32),
-            np.zeros(size, np.int32),
-            np.zeros((size, lanes, lane), np.int32),
-            np.full((size, lanes, lane), -1, np.int32),
-            np.zeros((size, fan_out), np.int32),
-            np.zeros((size, fan_out), np.int32),
+        shards, size, n, b = self.shards, self.shapes.pack, self.shapes.packed, self.shapes.fan_out
+        place = np.tile(np.arange(size, dtype=np.int32), (shards, 1))
+        tokens, ends = np.zeros((2, shards, size), np.int32)
+        pack = Pack(tokens, np.full_like(tokens, -1), begins=place, ends=ends, starts=place.copy())
+        first, stops, last = np.zeros((3, shards, n, b), np.int32)
+        packed = Arrivals(
+            pack,
+            begins=np.full((shards, n), size, np.int32),
+            lengths=np.zeros((shards, n), np.int32),
+            first=first,
+            ends=stops,
+            last=last,
+            ids=np.zeros((shards, n), np.uint32),
         )
-        last, ids = np.zeros((size, fan_out), np.int32), np.zeros(size, np.uint32)
-        for seat, row in enumerate(batch.rows):
-            if row < 0:
-                continue
-            ids[seat], tokens, given = row_ids[row], prefixes[row], branches[row]
-            places = place_in_lanes(rows[row].branches, lane, self.shapes.apart)
-            if not whole and min(rows[row].branches) == 0:
-                tokens, given = tokens[:-1], [[tokens[-1], *branch] for branch in given]
-            packed.prefix[seat, : len(tokens)], packed.prefix_lengths[seat] = tokens, len(tokens)
-            for b, (branch, (index, first)) in enumerate(zip(given, places, strict=True)):
+
+        def lay(shard: int, begin: int, tokens: Tokens, position: int) -> slice:
+            part = slice(begin, begin + len(tokens))
+            pack.tokens[shard, part], pack.starts[shard, part] = tokens, begin
+            pack.positions[shard, part] = len(self.shared) + position + np.arange(len(tokens))
+            return part
+
+        for shard, rows in enumerate(batch):
+            begin = 0
+            for seat, row in enumerate(rows):
+                at, prefix, given = (shard, seat), prefixes[row], branches[row]
                 if not whole:
-                    branch, last[seat, b] = branch[:-1], branch[-1]
-                if len(branch):
-                    packed.lanes[seat, index, first : first + len(branch)] = branch
-                    packed.owners[seat, index, first : first + len(branch)] = b
-                packed.first[seat, b], packed.lengths[seat, b] = index * lane + first, len(branch)
-        return Arrivals(packed, last, ids)
+                    if not all(map(len, given)):
+                        prefix, given = prefix[:-1], [[prefix[-1], *branch] for branch in given]
+                    last[at][: len(given)] = [branch[-1] for branch in given]
+                    given = [branch[:-1] for branch in given]
+                packed.ids[at], packed.begins[at], packed.lengths[at] = row_ids[row], begin, len(prefix)
+                stop = context = lay(shard, begin, prefix, 0).stop
+                for number, branch in enumerate(given):
+                    part = lay(shard, stop, branch, len(prefix))
+                    pack.begins[shard, part], pack.ends[shard, part] = begin, context
+                    first[at][number], stops[at][number] = part.start - begin, part.stop - begin
+                    stop = part.stop
+                begin = stop
+        return packed

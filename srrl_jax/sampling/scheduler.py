@@ -1,70 +1,82 @@
 """Which rows run where: the host's side of continuous batching."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
 from srrl_jax.errors import InputError
 from srrl_jax.sampling.engine import Admission
-from srrl_jax.sampling.shapes import PrefillShape, RowLengths, Shapes
+from srrl_jax.sampling.shapes import RowLengths, Shapes
+
+Batch = list[list[int]]  # rows, by index, that are prefilled together on each shard of the mesh
 
 
-class Batch(NamedTuple):
-    """Rows (by index, -1 is padding) that are prefilled together."""
-
-    shape: PrefillShape
-    rows: tuple[int, ...]
-
-
-def sort_rows(rows: Sequence[RowLengths], shapes: Shapes, new_tokens: int) -> list[tuple[int, int]]:
-    """(prefill shape, row), both by index, longest first.
+def sort_rows(rows: Sequence[RowLengths], shapes: Shapes) -> list[int]:
+    """Rows by index, longest first.
 
     Raises:
       InputError: an empty prefix, no branch, or more than the shapes hold; names the row.
     """
-    found = []
     for index, row in enumerate(rows):
         if row.prefix < 1 or not row.branches:
             raise InputError(f"row {index}: needs at least one prefix token and one branch")
-        shape = shapes.smallest(row, new_tokens)
-        if shape is None:
-            largest = shapes.prefill[-1]
+        if not shapes.hold(row):
             raise InputError(
                 f"row {index}: {row.prefix} prefix tokens and {len(row.branches)} branches of up to "
-                f"{max(row.branches)} given tokens are over what was planned: {largest.prefix} and "
-                f"{shapes.fan_out} of {shapes.own - new_tokens}, {largest.lanes * largest.lane} in all; "
-                "plan with the longest rows, or shorten the input"
+                f"{max(row.branches)} given tokens, {row.tokens} in all, are over what was planned: "
+                f"{shapes.row} in all, {shapes.given} of a prefix with one branch, {shapes.fan_out} branches"
+                "; plan with the longest rows, or shorten the input"
             )
-        found.append((shape, index))
-    return sorted(found, key=lambda each: (each[0], rows[each[1]].prefix), reverse=True)
+    return sorted(range(len(rows)), key=lambda index: rows[index].tokens, reverse=True)
 
 
-def batches(order: Sequence[tuple[int, int]], shapes: Shapes) -> Iterator[Batch]:
+def batches(rows: Sequence[RowLengths], order: Sequence[int], shapes: Shapes, shards: int) -> Iterator[Batch]:
     """All rows, where nothing runs on after them."""
-    waiting = deque(order)
+    waiting = list(order)
     while waiting:
-        shape = shapes.prefill[waiting[0][0]]
-        rows = list(islice(_that_fit(waiting, shapes), shape.rows))
-        for _ in rows:
-            waiting.popleft()
-        yield Batch(shape, (*rows, *[-1] * (shape.rows - len(rows))))
+        batch = fill(rows, waiting, shapes, [(len(rows), len(rows) * shapes.fan_out)] * shards)
+        waiting = without(waiting, batch)
+        yield batch
 
 
-def _that_fit(waiting: Sequence[tuple[int, int]], shapes: Shapes) -> Iterator[int]:
-    """The first rows that wait, as long as they fit the prefill shape of the very first."""
-    largest = shapes.prefill[waiting[0][0]]
-    for index, row in waiting:
-        shape = shapes.prefill[index]
-        if shape.prefix > largest.prefix or shape.lanes > largest.lanes:
-            return
-        yield row
+def fill(
+    rows: Sequence[RowLengths], waiting: Sequence[int], shapes: Shapes, free: Sequence[tuple[int, int]]
+) -> Batch:
+    """A pack for each shard: of the rows that wait, each in turn that still fits somewhere.
+
+    Args:
+      free: the rows and the slots that each shard has room for.
+    """
+    batch: Batch = [[] for _ in free]
+    tokens = [shapes.pack] * len(free)
+    places, slots = ([each[i] for each in free] for i in (0, 1))
+    places = [min(count, shapes.packed) for count in places]
+    for row in waiting:
+        if not any(map(min, places, slots)):
+            break
+        need = len(rows[row].branches)
+        fits = [
+            shard
+            for shard in range(len(free))
+            if places[shard] and slots[shard] >= need and tokens[shard] >= rows[row].tokens
+        ]
+        if fits:
+            shard = max(fits, key=slots.__getitem__)
+            batch[shard].append(row)
+            tokens[shard] -= rows[row].tokens
+            places[shard] -= 1
+            slots[shard] -= need
+    return batch
+
+
+def without(waiting: Sequence[int], batch: Batch) -> list[int]:
+    """Those that do not enter."""
+    entered = {row for shard in batch for row in shard}
+    return [row for row in waiting if row not in entered]
 
 
 class Scheduler:
-    """Waiting rows, rows in the prefix cache, and the slots of their branches.
+    """Waiting rows, rows in the cache, and the slots of their branches.
 
     A row enters with all its branches when there are slots for them. Its slots are free again one by one, its
     place in the cache when all have finished. Everything is counted by shard of the mesh, so that a branch
@@ -76,10 +88,8 @@ class Scheduler:
       shards: pieces that rows are cut into.
     """
 
-    def __init__(
-        self, rows: Sequence[RowLengths], order: Sequence[tuple[int, int]], shapes: Shapes, shards: int = 1
-    ):
-        self.rows, self.waiting, self.shapes = rows, deque(order), shapes
+    def __init__(self, rows: Sequence[RowLengths], order: Sequence[int], shapes: Shapes, shards: int = 1):
+        self.rows, self.waiting, self.shapes = rows, list(order), shapes
         self.row = np.full((shards, shapes.rows // shards), -1)  # the row at each place of the cache
         # Of each slot the place of its branch's row, and the number of the branch.
         self.branch = np.full((shards, shapes.slots // shards, 2), -1)
@@ -102,65 +112,49 @@ class Scheduler:
         if not self.waiting:
             return 0
         shards, size = self.running.shape
-        need = -(-self._least() // shards) * len(self.rows[self.waiting[0][1]].branches)
-        most = min(size * 3 // 4, size - need)
+        slots = sum(len(self.rows[row].branches) for row, _ in self._worth())
+        most = min(size * 3 // 4, size - -(-slots // shards))
         return max(0, min(most, int(self.running.sum(1).max()) - 1))
+
+    def _worth(self) -> Iterator[tuple[int, int]]:
+        """The first rows that wait and are worth a prefill beside others that run, with the tokens up to
+        each: most of a pack, if so many wait, or a quarter of the rows that can run."""
+        tokens = 0
+        for count, row in enumerate(self.waiting, 1):
+            tokens += self.rows[row].tokens
+            yield row, tokens
+            if tokens >= 0.75 * self.shapes.pack * len(self.row) or 4 * count >= self.shapes.running:
+                return
 
     def next_batch(self) -> Batch | None:
         """The rows to enter now; None where they have to wait until more has finished."""
-        if not self.waiting:
+        free = zip((self.row < 0).sum(1).tolist(), (~self.running).sum(1).tolist(), strict=True)
+        batch = fill(self.rows, self.waiting, self.shapes, list(free))
+        tokens = sum(self.rows[row].tokens for shard in batch for row in shard)
+        if tokens == 0 or (self.running.any() and tokens < max(least for _, least in self._worth())):
             return None
-        shape = self.shapes.prefill[self.waiting[0][0]]
-        taken = self._seats(shape.rows)
-        count = sum(map(len, taken))
-        if count == 0 or (count < self._least() and self.running.any()):
-            return None
-        for _ in range(count):
-            self.waiting.popleft()
-        each = shape.rows // len(taken)
-        return Batch(shape, tuple(row for rows in taken for row in rows + [-1] * (each - len(rows))))
-
-    def _least(self) -> int:
-        """Rows worth a prefill beside others that run: a quarter of those that could, if so many wait."""
-        rows = self.shapes.running
-        fitting = sum(1 for _ in islice(_that_fit(self.waiting, self.shapes), rows))
-        return min(self.shapes.prefill[self.waiting[0][0]].rows, fitting, -(-rows // 4))
-
-    def _seats(self, size: int) -> list[list[int]]:
-        """The first rows that wait, `size` of them if there is room, by shard."""
-        free_slots = (~self.running).sum(1)
-        free_rows = np.minimum((self.row < 0).sum(1), size // len(self.row))
-        seats = [[] for _ in self.row]
-        for row in _that_fit(self.waiting, self.shapes):
-            need = len(self.rows[row].branches)
-            shard = int(np.argmax(np.where(free_rows > 0, free_slots, -1)))
-            if free_rows[shard] == 0 or free_slots[shard] < need:
-                break
-            seats[shard].append(row)
-            free_slots[shard] -= need
-            free_rows[shard] -= 1
-        return seats
+        self.waiting = without(self.waiting, batch)
+        return batch
 
     def admit(self, batch: Batch) -> Admission:
         """Gives the rows of a batch their places."""
-        each = len(batch.rows) // len(self.row)
-        rows, branches = np.full(self.row.shape, -1, np.int32), np.full(self.running.shape, -1, np.int32)
-        for seat, row in enumerate(batch.rows):
-            if row < 0:
-                continue
-            shard, seat = divmod(seat, each)
-            place = int(np.flatnonzero(self.row[shard] < 0)[0])
-            count = len(self.rows[row].branches)
-            slots = np.flatnonzero(~self.running[shard])[:count]
-            self.row[shard, place] = row
-            self.branch[shard, slots] = [(place, b) for b in range(count)]
-            rows[shard, place] = seat
-            branches[shard, slots] = seat * self.shapes.fan_out + np.arange(count)
-        grid = np.full((len(self.row), self.row.shape[1] * self.shapes.fan_out), -1, np.int32)
+        shape = self.row.shape
+        rows, branches = np.full(shape, -1, np.int32), np.full(self.running.shape, -1, np.int32)
+        places = np.full((shape[0], self.shapes.packed), -1, np.int32)
+        for shard, entering in enumerate(batch):
+            for seat, row in enumerate(entering):
+                place = int(np.flatnonzero(self.row[shard] < 0)[0])
+                count = len(self.rows[row].branches)
+                slots = np.flatnonzero(~self.running[shard])[:count]
+                self.row[shard, place] = row
+                self.branch[shard, slots] = [(place, b) for b in range(count)]
+                rows[shard, place], places[shard, seat] = seat, place
+                branches[shard, slots] = seat * self.shapes.fan_out + np.arange(count)
+        grid = np.full((shape[0], shape[1] * self.shapes.fan_out), -1, np.int32)
         cells = np.maximum(self.branch[..., 0] * self.shapes.fan_out + self.branch[..., 1], 0)
         for shard, slots in enumerate(self.running):
             grid[shard, cells[shard, slots]] = np.flatnonzero(slots)
-        return Admission(rows, branches, grid, cells.astype(np.int32))
+        return Admission(places, rows, branches, grid, cells.astype(np.int32))
 
     def finish(self, alive: np.ndarray) -> None:
         """After tokens were drawn: what is not alive, bool [S], leaves."""

@@ -55,7 +55,7 @@ class Scripted:
 
     def __init__(self, script: dict[str, list[str]], room: int = 1000):
         self.script = {name: iter(replies) for name, replies in script.items()}
-        self.longest_prefix = room
+        self.holds = lambda row: row.prefix <= room
         self.stop_ids, self.int8_weights = (1, 2), False
         self.calls: list[Call] = []
 

@@ -109,15 +109,6 @@ def test_cudnn_by_lengths_equals_xla(branches):
     assert_same(found, everything(attend, q, segments, real), 5e-6)
 
 
-@pytest.mark.parametrize("lengths", [True, False])
-@pytest.mark.parametrize("shape", [(1, 70, []), (3, 40, [(1, 130)]), (2, 40, [(1, 50), (1, 9)])])
-def test_parts_by_cudnn_equal_xla(shape, lengths):
-    q, segments, real = tree(*shape)
-    args = by_lengths(q, segments, real) if lengths else (q, segments)
-    found, expected = kernels.cudnn_forward(*args, implementation="xla"), attend(q, segments)
-    assert_same([jnp.where(real[..., None], found, 0)], [jnp.where(real[..., None], expected, 0)], 5e-6)
-
-
 def test_splash_skips_what_no_query_sees():
     """Of 4 branches, each sees its prefix and itself: 4 + 4 of 4 x 5 blocks."""
     mask = kernels.TreeMask(4, 128, [(1, 128)])

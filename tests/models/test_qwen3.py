@@ -17,7 +17,7 @@ EXPERTS = {
 TINY = ["tiny-qwen3-tied", "tiny-qwen3-untied"]
 # One program each, which compiles sooner than the many operations one by one.
 forward = jax.jit(lambda model, tokens: model(tokens))
-extend = jax.jit(Qwen3.extend, static_argnames=("remat", "states"))
+extend = jax.jit(Qwen3.extend, static_argnames="remat")
 
 
 @pytest.fixture(params=TINY)
@@ -102,7 +102,7 @@ def test_tree_equals_flat(tiny, relative_error, fields):
 
     prefix_mask = np.arange(width) < prefix_lengths[:, None]
     steps = np.broadcast_to(np.arange(width), (2, 1, width))
-    _, (k, v), _ = extend(model, prefixes[:, None], steps, prefix_mask[:, None], states=False)
+    _, (k, v), _ = extend(model, prefixes[:, None], steps, prefix_mask[:, None])
     positions = prefix_lengths[:, None, None] + np.broadcast_to(np.arange(depth), (2, 2, depth))
     branch_mask = np.arange(depth) < branch_lengths[..., None]
     context = [Segment(k, v, prefix_mask[:, None, None])]
@@ -117,29 +117,6 @@ def test_tree_equals_flat(tiny, relative_error, fields):
         for n, b in np.ndindex(2, 2):
             p, length = prefix_lengths[n], branch_lengths[n, b]
             assert relative_error(logits[n, b, :length], expected[n, b, p : p + length]) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{}, EXPERTS, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}],
-    ids=["dense", "experts", "sliding"],
-)
-def test_keys_and_values_alone(tiny, fields):
-    """Of sequences in lanes on top of a prefix, padded: the last layer leaves out the rest."""
-    model = tiny(**fields)
-    tokens = np.random.default_rng(0).integers(0, 96, (2, 3, 6))
-    prefix = np.arange(5)[None, None]
-    _, (k, v), _ = extend(model, prefix, prefix, np.ones(prefix.shape, bool))
-    context = [Segment(k, v, np.ones((1, 1, 1, 5), bool), prefix)]
-    owners = np.array([[0, 0, 0, 1, 1, 2], [3, 3, 3, 3, 3, -1], [4, 4, 5, 5, 5, 5]])
-    positions = 5 + np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 0], [0, 1, 0, 1, 2, 3]])
-    owners, positions = (np.broadcast_to(x, tokens.shape) for x in (owners, positions))
-    options = dict(context=context, owners=owners)
-    _, every, _ = extend(model, tokens, positions, owners >= 0, **options)
-    states, alone, _ = extend(model, tokens, positions, owners >= 0, **options, states=False)
-    assert states is None
-    for x, y in zip(every, alone, strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["dense", "experts"])

@@ -8,7 +8,7 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch, branch_logprobs
 from srrl_jax.models.attention import Segment
-from srrl_jax.models.tree import LaneBatch, extend_branches, extend_prefix, prefill
+from srrl_jax.models.tree import extend_branches, extend_prefix
 
 SLIDING = {
     "use_sliding_window": True,
@@ -47,14 +47,6 @@ def flat(model, tree, new=()):
     return [(row, logits[i, : len(row)], starts[i]) for i, row in enumerate(rows)]
 
 
-def in_lanes(tree):
-    """Each branch in a lane of its own."""
-    size, branch = tree.branches.shape[-1], jnp.arange(tree.branches.shape[1])
-    owners = jnp.where(jnp.arange(size) < tree.branch_lengths[..., None], branch[:, None], -1)
-    first = jnp.broadcast_to(branch * size, tree.branch_lengths.shape)
-    return LaneBatch(tree.prefix, tree.prefix_lengths, tree.branches, owners, first, tree.branch_lengths)
-
-
 def test_window_counts_the_token_itself(tiny):
     """A one-layer network with window 3 sees two tokens back, no further."""
     kind = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
@@ -83,8 +75,12 @@ def test_decoding_equals_flat(tiny, tree, relative_error):
 
     @jax.jit
     def decode(model):
-        *context, state = prefill(model, in_lanes(tree), states=True)
-        hidden = [state]
+        last, prefix, _ = extend_prefix(model, tree)
+        branches, own, _ = extend_branches(model, tree, prefix)
+        ends = jnp.maximum(tree.branch_lengths - 1, 0)[..., None, None]
+        given = jnp.take_along_axis(branches, ends, axis=2)[:, :, 0]
+        hidden = [jnp.where(tree.branch_lengths[..., None] > 0, given, last[:, None])]
+        context = [prefix, own]
         for i in range(3):
             positions = (tree.prefix_lengths[:, None] + tree.branch_lengths + i)[..., None]
             seen = jnp.ones((2, 3, 1), bool)

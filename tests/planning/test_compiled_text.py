@@ -83,13 +83,14 @@ def test_weights_move_into_the_place_of_those_before(setup):
 
 def test_no_device_holds_the_cache_of_another(rollout, setup):
     slots, heads = 8 * 4, setup.model.config.num_key_value_heads
-    layers, rows = setup.model.config.num_hidden_layers, setup.rollout.shapes.prefill[-1].rows
+    layers, tokens = setup.model.config.num_hidden_layers, setup.rollout.shapes.pack
+    shards = setup.rollout.shards
     for name in ("decode", "prefill"):
         assert f"[{layers},{slots // 2},{heads // 2},32," in rollout.texts[f"rollout/{name}"]
         assert f"{slots},{heads}," not in rollout.texts[f"rollout/{name}"]
     text = rollout.texts["rollout/prefill"]
-    assert f"[{layers},{rows // 2},{heads // 2},1," in text
-    assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
+    own = layers * shards // 2 * tokens * heads // 2 * setup.model.config.head_dim
+    assert {size(array) for array in re.findall(rf"\[{layers},[\d,]*\b{tokens}\b[\d,]*", text)} == {own}
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +127,10 @@ def pieces(setup, rows: int, tokens: int) -> tuple[int, int, int]:
 @pytest.fixture(scope="module")
 def batches(setup):
     """Rows and tokens of what a prefill and an update compute."""
-    prefill, update = setup.rollout.shapes.prefill[-1], setup.shapes
+    rollout, update = setup.rollout, setup.shapes
     branches = setup.config.group_size * update.completions[-1]
     updated = [(update.microbatch, tokens) for tokens in (update.prompt, branches)]
-    return {"rollout/prefill": [(prefill.rows, prefill.prefix)], "update/update": updated}
+    return {"rollout/prefill": [(rollout.shards, rollout.shapes.pack)], "update/update": updated}
 
 
 def test_weights_are_gathered_a_layer_at_a_time_and_activations_of_own_rows_alone(

@@ -1,5 +1,6 @@
 """Programs for GPUs that are not here, compiled by JAX's CUDA plugin from a description of the card."""
 
+import math
 import re
 
 import jax
@@ -38,7 +39,7 @@ def test_the_programs_of_a_rollout_on_gpus(rollout):
     names = [compiled.name.removeprefix("rollout/") for compiled in rollout.found]
     assert names == ["relayout", "empty caches", "prefill", "decode"]
     assert all(compiled.peak_bytes > compiled.held_bytes > 0 for compiled in rollout.found)
-    assert "__cudnn$fmha" in rollout.texts["rollout/prefill"]
+    assert "attend_packed" in rollout.texts["rollout/prefill"]
 
 
 def kernels_of_a_token(text: str) -> int:
@@ -65,10 +66,12 @@ def test_a_token_of_28_layers_takes_at_most_350_kernels(h100):
 
 
 def test_no_device_makes_the_keys_of_all_rows(rollout, setup):
-    c, rows = setup.model.config, setup.rollout.shapes.prefill[-1].rows
+    c, shards, tokens = setup.model.config, setup.rollout.shards, setup.rollout.shapes.pack
     text, (layers, heads) = rollout.texts["rollout/prefill"], (c.num_hidden_layers, c.num_key_value_heads)
-    assert f"[{layers},{rows // 2},{heads // 2},1," in text
-    assert not any(f"[{layers},{rows},{n},1," in text for n in (heads, heads // 2))
+    own = layers * shards // 2 * tokens * heads // 2 * c.head_dim
+    found = re.findall(rf"\[({layers},[\d,]*\b{tokens}\b[\d,]*)\]", text)
+    found = {math.prod(map(int, sizes.split(","))) for sizes in found}  # weights among them
+    assert own in found and not {2 * own, 4 * own} & found
 
 
 def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):

@@ -151,8 +151,9 @@ def test_the_samplers_memory_runs_fewer_rows(stand_in, planned, monkeypatch, nam
     phases = make_plan(recipe, Topology("v5e", (1,)), MEANS).to_dict()["phases"]
     rows = int(phases["grade/decode"]["sizes"].split(" x ")[0])
     assert 1 <= rows < 32
-    waves = math.ceil(32 * 4 / (rows * 8))
-    assert phases["grade/decode"]["runs"] == pytest.approx(((waves - 1) * 10 + 20) / 20)
+    # Slots are for the mean number of branches, between the 4 that are assumed and the 8 at most.
+    fewest, most = (((math.ceil(32 * 4 / (rows * n)) - 1) * 10 + 20) / 20 for n in (8, 4))
+    assert 1 < fewest <= phases["grade/decode"]["runs"] <= most
 
 
 def test_memory_for_not_even_a_row_is_refused(planned):

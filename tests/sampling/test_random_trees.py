@@ -9,6 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srrl_jax.models import gpu_prefill
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig, gpu_attention
 
 TREES = st.lists(
@@ -21,13 +22,15 @@ SHARED = [(), (7, 7, 1, 30, 2, 9, 4, 4, 11)]
 
 @pytest.fixture(scope="module", params=["xla", "gpu kernels"])
 def network(request, model):
-    """The kernels for GPUs are interpreted, and meet 8 keys at a time, so that caches have several blocks."""
+    """The kernels for GPUs are interpreted, and meet 8 keys at a time, so that there are several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "xla":
             yield model
         else:
-            patch.setattr(gpu_attention, "computes", lambda config: True)
-            patch.setattr(gpu_attention, "KEYS", 8)
+            patch.setattr(gpu_prefill, "computes", lambda config: True)
+            for module in (gpu_attention, gpu_prefill):
+                patch.setattr(module, "KEYS", 8)
+            patch.setattr(gpu_prefill, "QUERIES", 16)
             other = nnx.merge(*nnx.split(model))  # as samplers of equal networks share their programs
             other.config = dataclasses.replace(model.config, max_position_embeddings=65)
             yield other
@@ -50,7 +53,7 @@ def samplers(network):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(tree=TREES, seed=st.integers(0, 1000), shared=st.sampled_from(SHARED))
 def test_greedy_equals_flat(network, samplers, draw_rows, flat_logprobs, tree, seed, shared):
-    """With short branches in lanes, and with shared tokens where all prefixes begin alike."""
+    """With rows and branches packed, and with shared tokens where all prefixes begin alike."""
     prefixes, branches = draw_rows([prefix for prefix, _ in tree], [branches for _, branches in tree], seed)
     rows = [[*shared, *prefix] for prefix in prefixes], branches
     sampler = samplers[shared]

@@ -300,8 +300,12 @@ def test_nothing_is_compiled_after_compiling_ahead(model, other_model, draw_rows
 @pytest.mark.parametrize(
     ("prefix_lengths", "branch_lengths", "message"),
     [
-        ([3, 17], [[0], [0]], r"^row 1: 17 prefix tokens and 1 branches .* over what was planned: 16 and 3"),
-        ([3, 3], [[0], [0, 9]], r"^row 1: 3 prefix tokens and 2 branches of up to 9 given tokens are over"),
+        ([3, 33], [[0], [0]], r"^row 1: 33 prefix tokens and 1 branches .* over what was planned: 32 in all"),
+        (
+            [3, 3],
+            [[0], [1, 30]],
+            r"^row 1: 3 prefix tokens and 2 branches of up to 30 given tokens, 34 in all",
+        ),
         ([3], [[0] * 4], r"^row 0: 3 prefix tokens and 4 branches"),
         ([3, 0], [[0], [1]], r"^row 1: needs at least one prefix token and one branch"),
         ([3, 4, 5], [[0], [], [2]], r"^row 1: needs at least one prefix token and one branch"),

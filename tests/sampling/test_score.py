@@ -28,5 +28,5 @@ def test_scores_are_log_probabilities_of_the_next_token(model, params, sampler, 
 
 
 def test_what_was_not_planned_for_is_refused(params, sampler):
-    with pytest.raises(InputError, match="row 1: 17 prefix tokens"):
-        sampler.score(params, [[1], [1] * 17], [[[1]], [[1]]], [0, 1])
+    with pytest.raises(InputError, match="row 1: 40 prefix tokens"):
+        sampler.score(params, [[1], [1] * 40], [[[1]], [[1]]], [0, 1])

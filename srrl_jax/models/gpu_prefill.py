@@ -1,0 +1,91 @@
+"""Attention of packed rows on a GPU: one Pallas kernel (Triton), which meets what its queries see.
+
+FlashAttention with the two ranges of `Pack` in place of a causal mask. cuDNN knows no such mask but as an
+array of all pairs, and XLA has its host start each round of a loop.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from srrl_jax.models.attention import NEVER, platform
+from srrl_jax.models.config import Qwen3Config
+
+QUERIES, KEYS = 128, 64  # that a program meets at a time
+_LAUNCH = dict(num_warps=8, num_stages=2)
+
+
+def computes(config: Qwen3Config) -> bool:
+    """Whether prefill runs on a GPU and the kernel knows this network's attention: heads of a power of two,
+    and no sliding window."""
+    size = config.head_dim
+    return platform() == "gpu" and size & (size - 1) == 0 and size >= 32 and config.windows is None
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, shared: tuple, pack) -> jax.Array:
+    """`attend_packed` of one device's rows and heads; interpreted on a CPU, for tests.
+
+    Args:
+      q, k, v, pack: T is a multiple of `QUERIES`.
+      shared: L is a multiple of `KEYS`.
+    Returns:
+      [G, T, H, D].
+    """
+    g, t, h, _ = q.shape
+    return pl.pallas_call(
+        functools.partial(_attend, group=h // k.shape[2]),
+        grid=(t // QUERIES, h, g),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name="attend_packed",
+        interpret=platform() == "cpu",
+        compiler_params=plgpu.CompilerParams(**_LAUNCH),
+    )(q, k, v, shared, pack.begins, pack.ends, pack.starts)
+
+
+def _attend(q_ref, k_ref, v_ref, shared, begins_ref, ends_ref, starts_ref, out_ref, *, group):
+    i, head, g = (pl.program_id(axis) for axis in range(3))
+    kv, size = head // group, q_ref.shape[-1]
+    here = pl.ds(i * QUERIES, QUERIES)
+    q = q_ref[g, here, head, :] * jnp.asarray(size**-0.5, q_ref.dtype)
+    begins, ends, starts = (x[g, here] for x in (begins_ref, ends_ref, starts_ref))
+    place = i * QUERIES + jnp.arange(QUERIES)
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def meet(k_ref, v_ref, row, j, mask, state):
+        top, total, values = state
+        keys = pl.ds(j * KEYS, KEYS)
+        scores = plgpu.dot(q, k_ref[row, keys, kv, :].T, precision=exact)
+        if mask is not None:
+            scores = jnp.where(mask, scores, NEVER)
+        higher = jnp.maximum(top, scores.max(1))
+        kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
+        more = plgpu.dot(weights.astype(q.dtype), v_ref[row, keys, kv, :], precision=exact)
+        return higher, total * kept + weights.sum(1), values * kept[:, None] + more
+
+    def meet_own(j, state):
+        key = (j * KEYS + jnp.arange(KEYS))[None]
+        mask = (begins[:, None] <= key) & (key < ends[:, None])
+        mask |= (starts[:, None] <= key) & (key <= place[:, None])
+        return meet(k_ref, v_ref, g, j, mask, state)
+
+    state = (
+        jnp.full(QUERIES, NEVER, jnp.float32),
+        jnp.zeros(QUERIES, jnp.float32),
+        jnp.zeros((QUERIES, size), jnp.float32),
+    )
+    if shared:
+
+        def meet_shared(j, state):
+            return meet(*shared, jnp.int32(0), j, None, state)
+
+        blocks = jnp.int32(shared[0].shape[1] // KEYS)
+        state = jax.lax.fori_loop(jnp.int32(0), blocks, meet_shared, state)
+    own = starts.min() // KEYS
+    prefix = jnp.minimum((ends.max() + KEYS - 1) // KEYS, own)
+    state = jax.lax.fori_loop(begins.min() // KEYS, prefix, meet_own, state)
+    end = jnp.int32(QUERIES // KEYS) * (i + 1)
+    _, total, values = jax.lax.fori_loop(own, end, meet_own, state)
+    out_ref[g, here, head, :] = (values / total[:, None]).astype(out_ref.dtype)
