@@ -159,12 +159,13 @@ class Learner:
         return [place_batch(part, self._mesh, row_axis=1) for part in parts]
 
     def programs(self, state: TrainState) -> list[Program]:
-        """What updates, and log-probabilities before them, run from this state (or its shapes) on."""
+        """What updates, log-probabilities before them, and checkpoints run, given a state or its shapes."""
         state, base = shapes_of(state), shapes_of(self._base)
         minibatches = minibatch_shapes(self._config, self.shapes, self._mesh)
         weights = nnx.merge_state(state.params, base)
         scored = [weights] * self.scores
-        return update_programs(self._graphdef, self._update, self._config, minibatches, state, base, scored)
+        found = update_programs(self._graphdef, self._update, self._config, minibatches, state, base, scored)
+        return [*found, Program("checksum", "of a checkpoint", fingerprint, (state,))]
 
     @property
     def scores(self) -> bool:

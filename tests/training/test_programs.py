@@ -13,9 +13,8 @@ from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.learner import Learner
+from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.run import load_tasks, run_programs
-from srrl_jax.training.learner import network
 
 COPIES = ("relayout", "empty caches")  # which compile in well under a second
 
