@@ -113,9 +113,13 @@ def test_wandb_keeps_one_run_in_its_files(offline):
     assert [row["response"] for row in shown] == ["How long?"] * 3
 
 
-def test_mlflow_holds_metrics_params_and_tables(offline):
+@pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file://{}/mlruns"])
+def test_mlflow_holds_metrics_params_and_tables(offline, monkeypatch, store):
     library("mlflow")
     from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which newer versions want to be told
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(offline.parent))
 
     client, name = MlflowClient(), run_twice("mlflow", offline)
     (run,) = client.search_runs([client.get_experiment_by_name("srrl").experiment_id])
