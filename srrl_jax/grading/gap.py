@@ -35,7 +35,7 @@ def reply_gaps(
       prefixes, branches: what was given to each reply, token ids.
     """
     size, own = len(sampler.shared) + sampler.shapes.row, sampler.shapes.own
-    rows = sampler.shards * max(1, sampler.shapes.pack // (size + own))
+    rows = sampler.shards * max(1, sampler.shapes.pack // sampler.shapes.row)
     taken = list(zip(prefixes, branches, replies, strict=True))[:rows]
     tree = TreeBatch(
         np.zeros((rows, size), np.int32),
