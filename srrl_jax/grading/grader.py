@@ -129,7 +129,7 @@ class Grader:
         encoded = [self.encode(item) for item in items]
         rows = [i for i, row in enumerate(encoded) if self._fits(*row)]
         ask = self._written if self.verdict == "generate" else self._forced
-        return ask(params, items, [prefix for prefix, _ in encoded], rows, key, on_wave)
+        return ask(params, items, encoded, rows, key, on_wave)
 
     def _fits(self, prefix: Sequence[int], branches: Sequence[Sequence[int]]) -> bool:
         """False where the response is too long, which is then unscorable: text tokenized anew can be longer
@@ -156,13 +156,14 @@ class Grader:
     def _branch(self, item: GradingItem, query: Sequence[int]) -> list[int]:
         return self.question.branch([item.criteria[c] for c in query])
 
-    def _forced(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
+    def _forced(self, params, items, encoded, rows, key, on_wave) -> list[list[Verdict]]:
         """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
         asked = [items[i] for i in rows]
         controls = {_rubric(item): item._replace(response="") for item in asked}
         if self.calibrate == "none":
             controls.clear()
-        odds = self._log_odds(params, [*asked, *controls.values()], on_wave)
+        given = [*(encoded[i] for i in rows), *map(self.encode, controls.values())]
+        odds = self._log_odds(params, given, on_wave)
         biases = dict(zip(controls, map(_bias, controls.values(), odds[len(rows) :]), strict=True))
         odds = odds[: len(rows)]
         if controls:  # rounded, since an answer that is empty itself differs from its control by rounding
@@ -178,18 +179,18 @@ class Grader:
                 verdicts[i][c] = Verdict(met, "", 1, 0, float(_sigmoid(odd)), votes=votes)
         return verdicts
 
-    def _log_odds(self, params, items, on_wave) -> list[np.ndarray]:
-        """Of true against false, float64 [criteria] for each item."""
-        prefixes, branches = zip(*map(self.encode, items), strict=True) if items else ((), ())
+    def _log_odds(self, params, encoded, on_wave) -> list[np.ndarray]:
+        """Of true against false, float64 [criteria] for each item that was encoded."""
+        prefixes, branches = zip(*encoded, strict=True) if encoded else ((), ())
         scores = self.sampler.score(params, prefixes, branches, self.question.candidates, on_wave)
         return [(row[:, 0] - row[:, 1]).astype(float) for row in scores]
 
-    def _written(self, params, items, prefixes, rows, key, on_wave) -> list[list[Verdict]]:
+    def _written(self, params, items, encoded, rows, key, on_wave) -> list[list[Verdict]]:
         """Samples replies and reads them; in 8 bits, also measures what these change in some of the first."""
         sampler, weights = self.sampler, self.sampler.prepare(params)
 
         def ask(attempt: int, asked: Mapping[int, Sequence[Query]]) -> list[list[Reply]]:
-            given = [prefixes[i] for i in asked]
+            given = [encoded[i][0] for i in asked]
             branches = [
                 [self._branch(items[i], query) for query in row for _ in range(self.votes)]
                 for i, row in asked.items()

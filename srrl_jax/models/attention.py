@@ -34,11 +34,11 @@ class Segment(NamedTuple):
 
 
 def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
-    """bool [N, B, T, S], true where a key lies fewer than `window` positions behind the query.
+    """bool [..., T, S], true where a key lies fewer than `window` positions behind the query.
 
     Args:
-      queries: positions, int [N, B, T].
-      keys: positions, int broadcastable to [N, B, S].
+      queries: positions, int [..., T].
+      keys: positions, int broadcastable to [..., S].
       window: int scalar.
     """
     return queries[..., :, None] - keys[..., None, :] < window

@@ -45,6 +45,36 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, shared: tuple, pack) -> jax
     )(q, k, v, shared, pack.begins, pack.ends, pack.starts)
 
 
+def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Of products in a kernel: float32 means float32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def no_keys(queries: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax statistics before any key: maximum and sum [queries], weighted values [queries, size]."""
+    one = jnp.zeros(queries, jnp.float32)
+    return one + NEVER, one, jnp.zeros((queries, size), jnp.float32)
+
+
+def add_keys(state: tuple, scores: jax.Array, mask: jax.Array | None, values: jax.Array, dtype) -> tuple:
+    """The statistics with more keys, in a kernel.
+
+    Args:
+      state: see `no_keys`.
+      scores: float32 [queries, keys].
+      mask: bool, broadcastable to them, or all are seen.
+      values: [keys, size].
+      dtype: of the product with them.
+    """
+    top, total, sums = state
+    if mask is not None:
+        scores = jnp.where(mask, scores, NEVER)
+    higher = jnp.maximum(top, scores.max(1))
+    kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
+    more = plgpu.dot(weights.astype(dtype), values.astype(dtype), precision=precision_of(dtype))
+    return higher, total * kept + weights.sum(1), sums * kept[:, None] + more
+
+
 def _attend(q_ref, k_ref, v_ref, shared, begins_ref, ends_ref, starts_ref, out_ref, *, group):
     i, head, g = (pl.program_id(axis) for axis in range(3))
     kv, size = head // group, q_ref.shape[-1]
@@ -52,18 +82,11 @@ def _attend(q_ref, k_ref, v_ref, shared, begins_ref, ends_ref, starts_ref, out_r
     q = q_ref[g, here, head, :] * jnp.asarray(size**-0.5, q_ref.dtype)
     begins, ends, starts = (x[g, here] for x in (begins_ref, ends_ref, starts_ref))
     place = i * QUERIES + jnp.arange(QUERIES)
-    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def meet(k_ref, v_ref, row, j, mask, state):
-        top, total, values = state
         keys = pl.ds(j * KEYS, KEYS)
-        scores = plgpu.dot(q, k_ref[row, keys, kv, :].T, precision=exact)
-        if mask is not None:
-            scores = jnp.where(mask, scores, NEVER)
-        higher = jnp.maximum(top, scores.max(1))
-        kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
-        more = plgpu.dot(weights.astype(q.dtype), v_ref[row, keys, kv, :], precision=exact)
-        return higher, total * kept + weights.sum(1), values * kept[:, None] + more
+        scores = plgpu.dot(q, k_ref[row, keys, kv, :].T, precision=precision_of(q.dtype))
+        return add_keys(state, scores, mask, v_ref[row, keys, kv, :], q.dtype)
 
     def meet_own(j, state):
         key = (j * KEYS + jnp.arange(KEYS))[None]
@@ -71,11 +94,7 @@ def _attend(q_ref, k_ref, v_ref, shared, begins_ref, ends_ref, starts_ref, out_r
         mask |= (starts[:, None] <= key) & (key <= place[:, None])
         return meet(k_ref, v_ref, g, j, mask, state)
 
-    state = (
-        jnp.full(QUERIES, NEVER, jnp.float32),
-        jnp.zeros(QUERIES, jnp.float32),
-        jnp.zeros((QUERIES, size), jnp.float32),
-    )
+    state = no_keys(QUERIES, size)
     if shared:
 
         def meet_shared(j, state):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models import gpu_prefill
-from srrl_jax.models.attention import NEVER, attend_part, merge_parts, platform
+from srrl_jax.models.attention import NEVER, attend_part, merge_parts, near, platform
 from srrl_jax.parallel import mesh_axes
 
 _BLOCKS = {"cpu": 64, "gpu": gpu_prefill.QUERIES, "tpu": 512}  # smaller ones were no faster on a CPU
@@ -99,9 +99,6 @@ def _attend(q, k, v, shared: tuple, pack: Pack, window) -> jax.Array:
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     shared_k, shared_v = (x.swapaxes(1, 2) for x in shared) if shared else (None, None)
 
-    def near(queries, keys):  # positions [G, Q] and [G or 1, S] -> [G, Q, S]
-        return queries[..., None] - keys[:, None] < window
-
     def block(i):
         """The queries from place i * size on."""
 
@@ -120,14 +117,14 @@ def _attend(q, k, v, shared: tuple, pack: Pack, window) -> jax.Array:
             mask = (begins[..., None] <= key) & (key < ends[..., None])
             mask |= (starts[..., None] <= key) & (key <= place[:, None])
             if window is not None:
-                mask &= near(positions, here(pack.positions, i=j))
+                mask &= near(positions, here(pack.positions, i=j), window)
             more = attend_part(queries, here(k, 2, j).mT, here(v, 2, j), met(mask))
             return merge_parts([part, more])
 
         if shared:  # which all rows meet as one
             flat = queries.swapaxes(0, 1).reshape(1, heads, -1, d)
             seen = jnp.arange(shared_k.shape[2])[None]
-            mask = jnp.ones((g, size, seen.size), bool) if window is None else near(positions, seen)
+            mask = jnp.ones((g, size, seen.size), bool) if window is None else near(positions, seen, window)
             part = attend_part(flat, shared_k.mT, shared_v, met(mask).reshape(1, 1, -1, seen.size))
             part = [x.reshape(heads, g, -1, x.shape[-1]).swapaxes(0, 1) for x in part]
         else:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.models import gpu_prefill
-from srrl_jax.models.attention import NEVER, platform
+from srrl_jax.models.attention import platform
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.gpu_prefill import KEYS  # that a program meets at a time; divides the size of a cache
 from srrl_jax.parallel import mesh_axes
@@ -155,20 +155,12 @@ def _meet(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
     """Softmax statistics (maximum, sum, weighted values) with `KEYS` more keys: those from `start` on of the
     sequence and head `of`, where `mask` bool [queries or 1, KEYS], if any. What it hides is read all the
     same: a masked load would be one of single numbers."""
-    top, total, values = state
-    half, columns = q[0].shape[1], pl.ds(start, KEYS)
-    exact = jax.lax.Precision.HIGHEST if q[0].dtype == jnp.float32 else None
+    half, columns, dtype = q[0].shape[1], pl.ds(start, KEYS), q[0].dtype
     scores = jnp.zeros((q[0].shape[0], KEYS), jnp.float32)
     for i, part in enumerate(q):
         keys = k_ref[(*of, pl.ds(i * half, half), columns)]
-        scores += plgpu.dot(part, keys.astype(part.dtype), precision=exact)
-    if mask is not None:
-        scores = jnp.where(mask, scores, NEVER)
-    higher = jnp.maximum(top, scores.max(1))
-    kept, weights = jnp.exp(top - higher), jnp.exp(scores - higher[:, None])
-    rows = v_ref[(*of, columns, slice(None))]
-    more = plgpu.dot(weights.astype(part.dtype), rows.astype(part.dtype), precision=exact)
-    return higher, total * kept + weights.sum(1), values * kept[:, None] + more
+        scores += plgpu.dot(part, keys.astype(dtype), precision=gpu_prefill.precision_of(dtype))
+    return gpu_prefill.add_keys(state, scores, mask, v_ref[(*of, columns, slice(None))], dtype)
 
 
 def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, eps):
@@ -181,11 +173,7 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
     slots = places.slots[n * fan_out + branch]
     used = slots.max() >= 0  # a row may have fewer branches than the tiles are for
     q = _queries(new, places, jnp.maximum(slots, 0), head, row % g, eps)
-    state = (
-        jnp.full(rows, NEVER, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((rows, new.heads.shape[-1]), jnp.float32),
-    )
+    state = gpu_prefill.no_keys(rows, new.heads.shape[-1])
     place = jnp.arange(KEYS)
     if shared:
 

@@ -387,14 +387,11 @@ class Sampler:
         place = np.tile(np.arange(size, dtype=np.int32), (shards, 1))
         tokens, ends = np.zeros((2, shards, size), np.int32)
         pack = Pack(tokens, np.full_like(tokens, -1), begins=place, ends=ends, starts=place.copy())
-        first, stops, last = np.zeros((3, shards, n, b), np.int32)
         packed = Arrivals(
             pack,
-            begins=np.full((shards, n), size, np.int32),
-            lengths=np.zeros((shards, n), np.int32),
-            first=first,
-            ends=stops,
-            last=last,
+            np.full((shards, n), size, np.int32),
+            np.zeros((shards, n), np.int32),
+            *np.zeros((3, shards, n, b), np.int32),
             ids=np.zeros((shards, n), np.uint32),
         )
 
@@ -411,14 +408,14 @@ class Sampler:
                 if not whole:
                     if not all(map(len, given)):
                         prefix, given = prefix[:-1], [[prefix[-1], *branch] for branch in given]
-                    last[at][: len(given)] = [branch[-1] for branch in given]
+                    packed.last[at][: len(given)] = [branch[-1] for branch in given]
                     given = [branch[:-1] for branch in given]
                 packed.ids[at], packed.begins[at], packed.lengths[at] = row_ids[row], begin, len(prefix)
                 stop = context = lay(shard, begin, prefix, 0).stop
                 for number, branch in enumerate(given):
                     part = lay(shard, stop, branch, len(prefix))
                     pack.begins[shard, part], pack.ends[shard, part] = begin, context
-                    first[at][number], stops[at][number] = part.start - begin, part.stop - begin
+                    packed.first[at][number], packed.ends[at][number] = part.start - begin, part.stop - begin
                     stop = part.stop
                 begin = stop
         return packed

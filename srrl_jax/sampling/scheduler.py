@@ -112,26 +112,27 @@ class Scheduler:
         if not self.waiting:
             return 0
         shards, size = self.running.shape
-        slots = sum(len(self.rows[row].branches) for row, _ in self._worth())
+        _, slots = self._worth()
         most = min(size * 3 // 4, size - -(-slots // shards))
         return max(0, min(most, int(self.running.sum(1).max()) - 1))
 
-    def _worth(self) -> Iterator[tuple[int, int]]:
-        """The first rows that wait and are worth a prefill beside others that run, with the tokens up to
-        each: most of a pack, if so many wait, or a quarter of the rows that can run."""
-        tokens = 0
+    def _worth(self) -> tuple[int, int]:
+        """Tokens worth a prefill beside rows that run, and the slots that they need: of the first that wait
+        as many as fill most of a pack, or as are a quarter of those that can run."""
+        tokens = slots = 0
         for count, row in enumerate(self.waiting, 1):
             tokens += self.rows[row].tokens
-            yield row, tokens
+            slots += len(self.rows[row].branches)
             if tokens >= 0.75 * self.shapes.pack * len(self.row) or 4 * count >= self.shapes.running:
-                return
+                break
+        return tokens, slots
 
     def next_batch(self) -> Batch | None:
         """The rows to enter now; None where they have to wait until more has finished."""
         free = zip((self.row < 0).sum(1).tolist(), (~self.running).sum(1).tolist(), strict=True)
         batch = fill(self.rows, self.waiting, self.shapes, list(free))
         tokens = sum(self.rows[row].tokens for shard in batch for row in shard)
-        if tokens == 0 or (self.running.any() and tokens < max(least for _, least in self._worth())):
+        if tokens == 0 or (self.running.any() and tokens < self._worth()[0]):
             return None
         self.waiting = without(self.waiting, batch)
         return batch

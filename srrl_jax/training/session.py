@@ -240,8 +240,8 @@ class Session:
             # Of several processes another may have been lost first; the run goes on with its next start.
             told = isinstance(error, InputError) or jax.process_count() == 1
             # A judge that fails does so on all processes; a full disk has no room for a checkpoint.
-            judged = isinstance(error, InputError) and self._phase in ("grade", "eval")
-            judged &= not isinstance(error and error.__cause__, OSError)
+            refused = isinstance(error, InputError) and not isinstance(error.__cause__, OSError)
+            judged = refused and self._phase in ("grade", "eval")
             if (judged or isinstance(error, DoesNotFit)) and self._state is not None:
                 # After an update the arrays of the step before are given away.
                 if not any(x.is_deleted() for x in jax.tree.leaves(self._state)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srrl_jax.models import gpu_prefill
-from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig, gpu_attention
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig, engine, gpu_attention
 
 TREES = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(0, 6), min_size=1, max_size=3)), min_size=1, max_size=5
@@ -22,7 +22,7 @@ SHARED = [(), (7, 7, 1, 30, 2, 9, 4, 4, 11)]
 
 @pytest.fixture(scope="module", params=["xla", "gpu kernels"])
 def network(request, model):
-    """The kernels for GPUs are interpreted, and meet 8 keys at a time, so that there are several blocks."""
+    """As on a GPU: its kernels are interpreted, and meet 8 keys at a time: several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "xla":
             yield model
@@ -31,6 +31,7 @@ def network(request, model):
             for module in (gpu_attention, gpu_prefill):
                 patch.setattr(module, "KEYS", 8)
             patch.setattr(gpu_prefill, "QUERIES", 16)
+            patch.setattr(engine, "_copy_rows", engine._scatter_tokens)
             other = nnx.merge(*nnx.split(model))  # as samplers of equal networks share their programs
             other.config = dataclasses.replace(model.config, max_position_embeddings=65)
             yield other
