@@ -23,6 +23,7 @@ _VERDICTS = {
     "grader/met_rate": "Met, all criteria",
     "grader/met_rate_negative": "Met, negative criteria",
     "grader/unscorable": "Unscorable",
+    "eval/unscorable": "Unscorable, held-out",
     "grader/agreement_frozen": "Agreement with the frozen grader",
     "grader/control_met_rate": "Met by empty answers (controls)",
     "grader/agreement_teacher": "Agreement with the teacher",

@@ -27,6 +27,7 @@ COLUMNS = {
     "reward/mean": "reward",
     "eval/self": "eval",
     "eval/frozen": "by frozen",
+    "grader/agreement_frozen": "agreement",
     "kl": "kl",
     "entropy": "entropy",
     "completions/mean_length": "length",

@@ -236,7 +236,7 @@ class EvalConfig:
     Attributes:
       frozen: let the starting weights grade them too, which costs a copy of the weights and a pass.
       margin: a warning is given where the scores by the live and by the frozen weights are further apart.
-      agreement: and where they give fewer of their verdicts alike.
+      agreement: and where the policy gives fewer of the frozen start's verdicts; an unreadable one is not.
       controls: on the first so many rows the live policy also grades answers that cannot meet the criteria,
         see `srrl_jax.training.monitor`; 0 is off.
       control_met: a warning is given where it says "met" to more than this share of them.

@@ -51,8 +51,9 @@ def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
 
     Returns:
       eval/JUDGE, the mean score by "self", which is the live policy, and by each other judge;
-      grader/agreement_JUDGE, of each other judge: the share of equal verdicts among those that both could
-      read. By the live policy: eval/met_rate_negative; eval/saturated_met and eval/saturated_unmet, the
+      grader/agreement_JUDGE, of each other judge: the share of its verdicts that the policy's equal; one that
+      the policy leaves unreadable does not. By the live policy: eval/unscorable, the share of criteria whose
+      verdict could not be read; eval/met_rate_negative; eval/saturated_met and eval/saturated_unmet, the
       shares of criteria (by their text, with at least 4 verdicts) that (almost) all or none of the answers
       meet. eval/mean_length in tokens. NaN for what has no values.
     """
@@ -60,9 +61,10 @@ def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
     others = [name for name in JUDGES if name in judged[0]]
     metrics = {"eval/self": _mean_score(rows, "verdict")}
     for name in others:
-        both = [(c["verdict"], c[name]) for c in judged if None not in (c["verdict"], c[name])]
         metrics[f"eval/{name}"] = _mean_score(rows, name)
-        metrics[f"grader/agreement_{name}"] = _mean([a == b for a, b in both])
+        metrics[f"grader/agreement_{name}"] = _mean(
+            [c["verdict"] == c[name] for c in judged if c[name] is not None]
+        )
     by_criterion, negative = defaultdict(list), []
     for criterion in (c for c in judged if c["verdict"] is not None):
         by_criterion[criterion["criterion"]].append(criterion["verdict"])
@@ -70,6 +72,7 @@ def eval_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
             negative.append(criterion["verdict"])
     shares = [np.mean(met) for met in by_criterion.values() if len(met) >= _SEEN]
     return metrics | {
+        "eval/unscorable": _mean([c["verdict"] is None for c in judged]),
         "eval/met_rate_negative": _mean(negative),
         "eval/saturated_met": _mean([share >= 1 - _ALMOST for share in shares]),
         "eval/saturated_unmet": _mean([share <= _ALMOST for share in shares]),
@@ -111,11 +114,12 @@ def parting(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
     And one where more criteria than `config.control_met` are met by an empty answer.
     """
     live, messages = metrics.get("eval/self", math.nan), []
-    agreed = metrics.get("grader/agreement_frozen", math.nan)
+    agreed, lost = metrics.get("grader/agreement_frozen", math.nan), metrics.get("eval/unscorable", 0)
     if agreed < config.agreement:
         messages.append(
             f"the policy and its frozen start agree on {agreed:.3f} of the verdicts on held-out answers: "
-            f"fewer than eval.agreement ({config.agreement:g}). {_CAUSES['frozen']}; read the eval samples"
+            f"fewer than eval.agreement ({config.agreement:g}); {lost:.3f} of the policy's "
+            f"could not be read. {_CAUSES['frozen']}; read the eval samples"
         )
     controlled = metrics.get("grader/control_met_rate", math.nan)
     if controlled > config.control_met:

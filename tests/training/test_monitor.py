@@ -32,7 +32,8 @@ def test_all_figures_by_hand():
     metrics = eval_metrics(rows)
     assert metrics["eval/self"] == pytest.approx((0.25 + 3 * 0.5 + 1) / 5)
     assert metrics["eval/frozen"] == pytest.approx((4 * 1 + 0) / 5)  # unread criteria leave both sums
-    assert metrics["grader/agreement_frozen"] == 7 / 9  # of the pairs that both could read
+    assert metrics["grader/agreement_frozen"] == 7 / 10  # of those that the frozen judge could read
+    assert metrics["eval/unscorable"] == 1 / 14
     assert metrics["eval/met_rate_negative"] == 1 / 4
     # "rare" has too few verdicts; "bad" is met by one of four.
     assert metrics["eval/saturated_met"] == metrics["eval/saturated_unmet"] == 1 / 3
@@ -67,6 +68,16 @@ def test_verdicts_may_part_where_scores_do_not():
     (message,) = parting(metrics, EvalConfig(agreement=0.75))
     assert "0.700" in message and "eval.agreement (0.75)" in message
     assert not parting(metrics, EvalConfig(agreement=0.7))
+
+
+def test_a_policy_that_nobody_can_read_agrees_with_nobody():
+    readable = row(("a", 5, True, True))
+    broken = [row(("a", 5, None, True), ("b", 5, None, False)) for _ in range(4)]
+    metrics = eval_metrics([readable, *broken])
+    assert metrics["grader/agreement_frozen"] == 1 / 9 and metrics["eval/unscorable"] == 8 / 9
+    assert metrics["eval/self"] == 1  # of the one verdict that can be read
+    (message,) = parting(metrics, EvalConfig(margin=1))
+    assert "0.111" in message and "0.889 of the policy's could not be read" in message
 
 
 def test_controls_ask_for_positive_criteria_on_answers_that_cannot_meet_them():
