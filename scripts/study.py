@@ -49,12 +49,12 @@ LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "e
 LEARN += ("eval.frozen=false", "checkpoint.every=16")
 HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
 HACK += ("checkpoint.every=12",)
-LESSONS = ("data.teacher={work}/lessons.jsonl", "data.teacher_share=0.2")
+LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`arms` map a name to overrides after those of `recipe`; {work} in them is the folder of the runs."""
+    """`arms` map a name to overrides after those of `recipe`; {work} is the folder of runs, {base} a base."""
 
     title: str
     bases: tuple[str, ...]
@@ -81,17 +81,13 @@ CLAIMS = {
             "self-reward": (),
             "frozen grader": ("grader=frozen",),
             "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
-            "20% lessons, sft": (*LESSONS, "data.teacher_loss=sft", "loss.aggregate=sequence"),
+            "20% lessons, sft": ("loss.aggregate=sequence", *LESSONS, "data.teacher_loss=sft"),
         },
     ),
     "d": Claim(
-        "lessons from a teacher's verdicts, for a base that grades badly",
-        ("weak",),
-        (
-            *("steps=20", "prompts_per_step=8", "optimizer.microbatch=8", "optimizer.learning_rate=3e-4"),
-            "loss.aggregate=sequence",  # a short verdict weighs as much as a long answer
-            *("eval.every=20", "eval.rows=64", "eval.frozen=false", "checkpoint.every=20"),
-        ),
+        "lessons from a teacher's verdicts on 40 of the base's answers",
+        ("weak", "middling", "strong"),
+        (*LEARN, "loss.aggregate=sequence"),  # a short verdict weighs as much as a long answer
         {
             "no lessons": (),
             "20%, grpo": LESSONS,
@@ -174,7 +170,7 @@ def write_rows(work: Path) -> None:
 def recipe(base: str, keys: tuple[str, ...], seed: int, work: Path, run_dir: Path) -> TrainConfig:
     """Of a run, with all files that it needs made."""
     keys = [f"model={make_base(base, work)}", f"seed={seed}", f"run_dir={run_dir}", *keys]
-    config = TrainConfig.load("configs/demo.yaml", [key.format(work=work) for key in keys])
+    config = TrainConfig.load("configs/demo.yaml", [key.format(work=work, base=base) for key in keys])
     if config.data.teacher and not Path(config.data.teacher).exists():
         write_lessons(config)
     if not Path(config.data.train).exists():

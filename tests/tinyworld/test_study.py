@@ -75,7 +75,7 @@ def test_rubrics_are_changed_as_the_arms_say(study, tmp_path):
 def test_the_arms_of_all_claims_are_recipes(study):
     for claim in study.CLAIMS.values():
         for overrides in claim.arms.values():
-            keys = [key.format(work="runs/study") for key in (*claim.recipe, *overrides)]
+            keys = [key.format(work="runs/study", base="weak") for key in (*claim.recipe, *overrides)]
             assert TrainConfig.load("configs/demo.yaml", keys).steps
         assert {*claim.bases} <= {*study.BASES}
 
