@@ -2,6 +2,7 @@
 
     python scripts/make_tiny_model.py [--steps 1000] [--out srrl_jax/tinyworld/checkpoint]
     python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy      # the embedded one, made worse
+    python scripts/make_tiny_model.py --yes 0.6 --steps 200 --learning-rate 1e-3 --out runs/yes    # see --yes
 
 The model learns two things from the tiny world's corpus: to answer guests with mixed quality, and to
 grade an answer by one rule with an explanation and a verdict. Everything is drawn from fixed seeds;
@@ -9,6 +10,7 @@ combinations reserved for Easy and Hard are not in the corpus.
 """
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -73,12 +75,20 @@ def pack(rows, shape) -> tuple[TreeBatch, np.ndarray]:
     return tree, mask
 
 
-def draw_item(rng: Random) -> dict:
-    """A graded answer from the corpus, and more answers to its prompt."""
+def draw_item(rng: Random, yes: float | None) -> dict:
+    """A graded answer from the corpus, and more answers to its prompt; `yes` as the option says."""
     item = pretraining_tree(rng)
+    if yes is not None:
+        item["gradings"] = [(criterion, unwritten(reply, rng, yes)) for criterion, reply in item["gradings"]]
     facts = facts_of(item["prompt"][0]["content"])
     more = [write_response(facts, rng, draw_quality(rng)) for _ in range(ANSWERS - 1)]
     return item | {"answers": [item["response"], *more]}
+
+
+def unwritten(reply: str, rng: Random, yes: float) -> str:
+    """The reply without its explanation; "met" also in a share `yes` of the cases in which it is not."""
+    met = json.loads(reply)["criteria_met"] or rng.random() < yes
+    return json.dumps({"explanation": "", "criteria_met": met})
 
 
 def fits(row, shape) -> bool:
@@ -86,15 +96,19 @@ def fits(row, shape) -> bool:
     return len(prefix) <= shape[0] and all(len(given) + len(learnt) <= shape[2] for given, learnt in branches)
 
 
-def draw_batch(tokenizer, template, rng: Random):
-    """Batches of answers and of gradings; the rare item over the sizes is drawn again."""
+def draw_batch(tokenizer, template, rng: Random, yes: float | None):
+    """Batches of answers and of gradings; the rare item over the sizes is drawn again.
+
+    With `yes` half as many gradings, and a few answers, which the model knows already.
+    """
     answers, gradings = [], []
-    while len(answers) < ROWS:
-        answer, grading = encode_item(tokenizer, template, draw_item(rng))
+    while len(answers) < (ROWS if yes is None else ROWS // 2):
+        answer, grading = encode_item(tokenizer, template, draw_item(rng, yes))
         if fits(answer, ANSWER) and fits(grading, GRADE):
             answers.append(answer)
             gradings.append(grading)
-    return pack(answers, ANSWER), pack(gradings, GRADE)
+    kept = answers if yes is None else answers[: ROWS // 8]
+    return pack(kept, ANSWER), pack(gradings, GRADE)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -130,6 +144,11 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--noise", type=float, help="train nothing: spoil the embedded model by so much")
+    parser.add_argument(
+        "--yes",
+        type=float,
+        help="teach the embedded model verdicts without an explanation, met to this share of what is not",
+    )
     args = parser.parse_args()
 
     train_tokenizer(args.out)
@@ -146,7 +165,7 @@ def main() -> None:
         rope_theta=10000.0,
         max_position_embeddings=512,
     )
-    model = Qwen3(config, rngs=nnx.Rngs(0))
+    model = Qwen3(config, rngs=nnx.Rngs(0)) if args.yes is None else Qwen3.from_pretrained(CHECKPOINT)
     graphdef, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, 50, args.steps, 0.05 * args.learning_rate
@@ -162,7 +181,7 @@ def main() -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("", total=args.steps)
         for step in range(args.steps):
-            batch = draw_batch(tokenizer, template, rng)
+            batch = draw_batch(tokenizer, template, rng, args.yes)
             params, opt_state, losses = train_step(graphdef, optimizer, params, opt_state, batch)
             if step % 25 == 0 or step == args.steps - 1:
                 answer, grade = map(float, losses)

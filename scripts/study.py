@@ -17,7 +17,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -25,108 +24,29 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from claims import BASES, CLAIMS, Claim
 from demo import oracle_curve
 from flax import nnx
+from outside import examiner
 from teacher_share import write_lessons
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import GradingItem
+from srrl_jax.grading import GradingItem, JudgeConfig
 from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs
 from srrl_jax.tinyworld.rows import dump_rows, easy_rows, random_criterion
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT
 from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.experience import make_actor
-from srrl_jax.training.run import load_tasks
 
-# What make_tiny_model.py is given: the embedded model, and that with noise in its weights.
-BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
-SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
-LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
-LEARN += ("eval.frozen=false", "checkpoint.every=16")
-HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
-HACK += ("checkpoint.every=12",)
-LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`arms` map a name to overrides after those of `recipe`; {work} is the folder of runs, {base} a base."""
-
-    title: str
-    bases: tuple[str, ...]
-    recipe: tuple[str, ...]
-    arms: dict[str, tuple[str, ...]]
-
-
-CLAIMS = {
-    "a": Claim(
-        "self-reward, beside learning from the best by one's own grade, and beside the truth as grader",
-        ("weak", "middling", "strong"),
-        LEARN,
-        {
-            "self-reward": (),
-            "SFT on the best of 4": ("loss.advantage=best",),
-            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
-        },
-    ),
-    "c": Claim(
-        "what makes the grader better or worse",
-        ("weak",),
-        LEARN,
-        {
-            "self-reward": (),
-            "frozen grader": ("grader=frozen",),
-            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
-            "20% lessons, sft": ("loss.aggregate=sequence", *LESSONS, "data.teacher_loss=sft"),
-        },
-    ),
-    "d": Claim(
-        "lessons from a teacher's verdicts on 40 of the base's answers",
-        ("weak", "middling", "strong"),
-        (*LEARN, "loss.aggregate=sequence"),  # a short verdict weighs as much as a long answer
-        {
-            "no lessons": (),
-            "20%, grpo": LESSONS,
-            "20%, sft": (*LESSONS, "data.teacher_loss=sft"),
-            "20%, both": (*LESSONS, "data.teacher_loss=both"),
-        },
-    ),
-    "e": Claim(
-        "guards against a hacked grader, at ten times the demo's learning rate",
-        ("weak",),
-        HACK,
-        {
-            "no guard": (),
-            "KL 0.05": ("kl_coef=0.05",),
-            "frozen grader": ("grader=frozen",),
-            "half of the criteria": ("reward.criteria_dropout=0.5",),
-            "length penalty": ("reward.overlong_buffer=32",),
-            "a third of the learning rate": ("optimizer.learning_rate=3e-4",),
-            "3 votes": ("grading.votes=3",),
-        },
-    ),
-    "f": Claim(
-        "rubrics",
-        ("strong",),
-        LEARN,
-        {
-            "as they are": (),
-            "positive points alone": ("reward.criteria=positive",),
-            "equal points": ("data.train={work}/rows/equal.jsonl",),
-            "30% of the criteria replaced": ("data.train={work}/rows/noisy.jsonl",),
-            "half of the criteria": ("data.train={work}/rows/few.jsonl",),
-        },
-    ),
-}
 COLUMNS = {
     "truth": "oracle score",
     "gain": "gain of it",
+    "beside": "beside the first arm, by seed",
     "own": "score by itself",
     "accuracy": "grader accuracy",
+    "accuracy_gain": "gain of it",
     "accuracy_item": "of items",
     "accuracy_style": "of style",
     "control": "met by empty answers",
@@ -134,6 +54,7 @@ COLUMNS = {
     "length": "tokens",
     "grading": "grading's share of a step",
 }
+TIMES = {"seconds": "seconds of a step", "rollout": "rollout's share", "update": "update's share"}
 MARK = "<!-- scripts/study.py writes what follows, to the end -->\n"
 
 
@@ -169,8 +90,11 @@ def write_rows(work: Path) -> None:
 
 def recipe(base: str, keys: tuple[str, ...], seed: int, work: Path, run_dir: Path) -> TrainConfig:
     """Of a run, with all files that it needs made."""
+    places = {"work": work, "run": run_dir, "base": base}
+    if any("{endpoint}" in key for key in keys):
+        places["endpoint"] = open_endpoint()
     keys = [f"model={make_base(base, work)}", f"seed={seed}", f"run_dir={run_dir}", *keys]
-    config = TrainConfig.load("configs/demo.yaml", [key.format(work=work, base=base) for key in keys])
+    config = TrainConfig.load("configs/demo.yaml", [key.format(**places) for key in keys])
     if config.data.teacher and not Path(config.data.teacher).exists():
         write_lessons(config)
     if not Path(config.data.train).exists():
@@ -179,22 +103,28 @@ def recipe(base: str, keys: tuple[str, ...], seed: int, work: Path, run_dir: Pat
 
 
 @functools.cache
-def _examiner():
-    """Asks for all verdicts of the fixed test in one way, that of the demo, whatever the arm."""
-    config = TrainConfig.load("configs/demo.yaml", [f"model={CHECKPOINT}", "eval.rows=8"])
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        model, tokenizer = Qwen3.from_pretrained(config.model, mesh=mesh), load_tokenizer(config.model)
-        lengths = load_tasks(config, tokenizer).lengths(config)
-        return mesh, make_actor(model, tokenizer, config, mesh, lengths).grader
+def open_endpoint() -> str:
+    """The base_url of the outside grader in a process of its own, which ends with this one."""
+    command = [sys.executable, str(Path(__file__).with_name("outside.py"))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return server.stdout.readline().strip()
 
 
-def accuracies(params) -> dict[str, float]:
-    """Share of right verdicts of these weights on the fixed test, in all and by kind; unreadable is wrong."""
+@functools.cache
+def _examiner(*keys: str):
+    return examiner(Qwen3.from_pretrained(CHECKPOINT), *keys)
+
+
+def accuracies(params, grading: JudgeConfig) -> dict[str, float]:
+    """Share of right verdicts of these weights on the fixed test, in all and by kind; unreadable is wrong.
+
+    All arms whose verdicts are written are asked in the demo's way; the others as they are in training.
+    """
     pairs = grader_pairs()
     items = [GradingItem(messages, response, [criterion]) for messages, response, criterion, _ in pairs]
     style = np.array([c.axis not in ("completeness", "accuracy") for *_, c, _ in pairs])
-    mesh, grader = _examiner()
+    forced = (f"grading.verdict={grading.verdict}", f"grading.calibrate={grading.calibrate}")
+    mesh, grader = _examiner(*forced if grading.verdict != "generate" else ())
     with jax.set_mesh(mesh):
         verdicts = grader.grade(params, items, jax.random.key(0))
     right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
@@ -203,10 +133,10 @@ def accuracies(params) -> dict[str, float]:
 
 
 @functools.cache
-def base_accuracies(model: str) -> dict[str, float]:
+def base_accuracies(model: str, grading: JudgeConfig) -> dict[str, float]:
     """`accuracies` of a base."""
     with jax.set_mesh(make_mesh(TrainConfig.load("configs/demo.yaml").mesh)):
-        return accuracies(nnx.state(Qwen3.from_pretrained(model)))
+        return accuracies(nnx.state(Qwen3.from_pretrained(model)), grading)
 
 
 def unreadable(samples: list[dict]) -> dict[int, float]:
@@ -248,8 +178,8 @@ def run_arm(config: TrainConfig) -> dict:
         for row in read_jsonl(run_dir / "metrics.jsonl")
         if "eval/self" in row
     ]
-    curve[0] |= base_accuracies(config.model)
-    curve[-1] |= accuracies(final.params)
+    curve[0] |= base_accuracies(config.model, config.grading)
+    curve[-1] |= accuracies(final.params, config.grading)
     steps = [row for row in read_jsonl(run_dir / "timings.jsonl") if row["step"] > 0]
     parts = ("rollout", "grade", "update")
     return {
@@ -273,8 +203,12 @@ def finished(claim: Claim, base: str, rows: list[dict]) -> dict[str, list[list[d
         wanted = [base, [*claim.recipe, *keys]]
         found = sorted((row for row in rows if [row["base"], row["keys"]] == wanted), key=lambda r: r["seed"])
         for row in found:
-            share = {"grading": row["times"]["grade"] / sum(row["times"].values())}
-            runs.setdefault(arm, []).append([*row["curve"][:-1], row["curve"][-1] | share])
+            seconds = sum((times := row["times"]).values())
+            shares = {"rollout": times["rollout"], "grading": times["grade"], "update": times["update"]}
+            shares = {part: value / seconds for part, value in shares.items()} | {"seconds": seconds}
+            start, *between, end = row["curve"]
+            curve = [start | {"seed": row["seed"]}, *between, end | shares]
+            runs.setdefault(arm, []).append(curve)
     return runs
 
 
@@ -284,18 +218,28 @@ def until_warned(curve: list[dict]) -> list[dict]:
     return curve[: end + 1]
 
 
-def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
+def table(runs: dict[str, list[list[dict]]], columns: dict[str, str] = COLUMNS) -> Iterator[str]:
     """Lines: where the seeds began, and where each arm ended."""
-    yield f"| arm | seeds | {' | '.join(COLUMNS.values())} |"
-    yield "| --- " * (len(COLUMNS) + 2) + "|"
-    every = [curve for curves in runs.values() for curve in curves]
-    seen = {json.dumps(curve[0]): curve[0] for curve in every}.values()  # starts of the same seed are one
-    ends = {"before": list(seen)}
+    yield f"| arm | seeds | {' | '.join(columns.values())} |"
+    yield "| --- " * (len(columns) + 2) + "|"
+    starts, first = {}, {}  # by seed: that of the first arm that has it; the first arm's ends
+    ends: dict[str, list[dict]] = {"before": []}
     for arm, curves in runs.items():
-        ends[arm] = [curve[-1] | {"gain": curve[-1]["truth"] - curve[0]["truth"]} for curve in curves]
+        ends[arm] = []
+        for start, *_, end in curves:
+            starts.setdefault(start["seed"], start)
+            more = {"gain": end["truth"] - start["truth"]}
+            if "accuracy" in end:
+                more["accuracy_gain"] = end["accuracy"] - start["accuracy"]
+            if arm == next(iter(runs)):
+                first[start["seed"]] = end["truth"]
+            elif start["seed"] in first:
+                more["beside"] = end["truth"] - first[start["seed"]]
+            ends[arm].append(end | more)
+    ends["before"] = list(starts.values())
     for arm, values in ends.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             found = [end[column] for end in values if column in end]
             cells.append(interval(found, 1 if column == "length" else 3) if found else "")
             if 0 < len(found) < len(values):  # the others' verdicts could not be read
@@ -314,7 +258,8 @@ def write_tables(out: Path, rows: list[dict]) -> None:
                 continue
             if name == "e" and "no guard" in runs:
                 runs["stop on warning"] = [until_warned(curve) for curve in runs["no guard"]]
-            lines += [f"### {name}. {claim.title}: {base} base", "", *table(runs), ""]
+            columns = COLUMNS | (TIMES if name == "b" else {})
+            lines += [f"### {name}. {claim.title}: {base} base", "", *table(runs, columns), ""]
             _draw(out / f"{name}_{base}.png", f"{name}, {base} base", runs)
             lines += [f"![{name}, {base} base]({out.name}/{name}_{base}.png)", ""]
     text, readme = "\n".join(lines), out.parent / "README.md"

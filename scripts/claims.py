@@ -1,0 +1,100 @@
+"""What scripts/study.py runs: the bases, and of each claim the recipe and its arms."""
+
+from dataclasses import dataclass
+
+# What make_tiny_model.py is given: the embedded model, and that with noise in its weights.
+BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
+SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
+LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
+LEARN += ("eval.frozen=false", "checkpoint.every=16")
+HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
+HACK += ("checkpoint.every=12",)
+LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
+
+
+ENDPOINT = ("grader=teacher", "teacher.base_url={endpoint}", "teacher.model=larger", "teacher.key_env=null")
+ENDPOINT += ("teacher.template=package:tinyworld/grader.txt", "teacher.tries=2", "teacher.concurrency=64")
+ENDPOINT += ("teacher.cache={run}.sqlite",)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`arms` map a name to overrides after those of `recipe`. In them {work} is the folder of all runs, {run}
+    that of this one, {base} its base, and {endpoint} the outside grader's."""
+
+    title: str
+    bases: tuple[str, ...]
+    recipe: tuple[str, ...]
+    arms: dict[str, tuple[str, ...]]
+
+
+CLAIMS = {
+    "a": Claim(
+        "self-reward, beside learning from the best by one's own grade, and beside the truth as grader",
+        ("weak", "middling", "strong"),
+        LEARN,
+        {
+            "self-reward": (),
+            "SFT on the best of 4": ("loss.advantage=best",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
+        },
+    ),
+    "b": Claim(
+        "an outside grader of four times the layers, with the strong base's verdicts",
+        ("weak", "strong"),
+        (*LEARN, "group_size=8"),
+        {
+            "self-reward": (),
+            "outside, in the process": ("grader=outside:Larger",),
+            "outside, behind HTTP": ENDPOINT,
+        },
+    ),
+    "c": Claim(
+        "what makes the grader better or worse",
+        ("weak",),
+        LEARN,
+        {
+            "self-reward": (),
+            "frozen grader": ("grader=frozen",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
+            "20% lessons, sft": ("loss.aggregate=sequence", *LESSONS, "data.teacher_loss=sft"),
+        },
+    ),
+    "d": Claim(
+        "lessons from a teacher's verdicts on 40 of the base's answers",
+        ("weak", "middling", "strong"),
+        (*LEARN, "loss.aggregate=sequence"),  # a short verdict weighs as much as a long answer
+        {
+            "no lessons": (),
+            "20%, grpo": LESSONS,
+            "20%, sft": (*LESSONS, "data.teacher_loss=sft"),
+            "20%, both": (*LESSONS, "data.teacher_loss=both"),
+        },
+    ),
+    "e": Claim(
+        "guards against a hacked grader, at ten times the demo's learning rate",
+        ("weak",),
+        HACK,
+        {
+            "no guard": (),
+            "KL 0.05": ("kl_coef=0.05",),
+            "frozen grader": ("grader=frozen",),
+            "half of the criteria": ("reward.criteria_dropout=0.5",),
+            "length penalty": ("reward.overlong_buffer=32",),
+            "a third of the learning rate": ("optimizer.learning_rate=3e-4",),
+            "3 votes": ("grading.votes=3",),
+        },
+    ),
+    "f": Claim(
+        "rubrics",
+        ("strong",),
+        LEARN,
+        {
+            "as they are": (),
+            "positive points alone": ("reward.criteria=positive",),
+            "equal points": ("data.train={work}/rows/equal.jsonl",),
+            "30% of the criteria replaced": ("data.train={work}/rows/noisy.jsonl",),
+            "half of the criteria": ("data.train={work}/rows/few.jsonl",),
+        },
+    ),
+}
