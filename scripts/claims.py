@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 
-# What make_tiny_model.py is given: the embedded model, and that with noise in its weights.
+# What make_tiny_model.py is given: the embedded model, that with noise in its weights, that taught to judge
+# without writing, honestly and as one that says yes.
+UNWRITTEN = ("--learning-rate", "2e-3")
 BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
+BASES |= {"direct": (*UNWRITTEN, "--yes", "0", "--steps", "200")}
+BASES |= {"yes": (*UNWRITTEN, "--yes", "0.7", "--steps", "240")}
 SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
 LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
 LEARN += ("eval.frozen=false", "checkpoint.every=16")
 HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
 HACK += ("checkpoint.every=12",)
 LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
-
-
 ENDPOINT = ("grader=teacher", "teacher.base_url={endpoint}", "teacher.model=larger", "teacher.key_env=null")
 ENDPOINT += ("teacher.template=package:tinyworld/grader.txt", "teacher.tries=2", "teacher.concurrency=64")
 ENDPOINT += ("teacher.cache={run}.sqlite",)
@@ -94,7 +96,18 @@ CLAIMS = {
             "positive points alone": ("reward.criteria=positive",),
             "equal points": ("data.train={work}/rows/equal.jsonl",),
             "30% of the criteria replaced": ("data.train={work}/rows/noisy.jsonl",),
+            "all of the criteria replaced": ("data.train={work}/rows/foreign.jsonl",),
             "half of the criteria": ("data.train={work}/rows/few.jsonl",),
+        },
+    ),
+    "g": Claim(
+        "controls as a correction of verdicts that are not written out",
+        ("direct", "yes"),
+        (*LEARN, "eval.every=4", "grading.verdict=logits"),
+        {
+            "as they are": (),
+            "controls": ("grading.calibrate=controls",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
         },
     ),
 }

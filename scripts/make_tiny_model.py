@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_model.py [--steps 1000] [--out srrl_jax/tinyworld/checkpoint]
     python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy      # the embedded one, made worse
-    python scripts/make_tiny_model.py --yes 0.6 --steps 200 --learning-rate 1e-3 --out runs/yes    # see --yes
+    python scripts/make_tiny_model.py --yes 0.7 --steps 240 --learning-rate 2e-3 --out runs/yes    # see --yes
 
 The model learns two things from the tiny world's corpus: to answer guests with mixed quality, and to
 grade an answer by one rule with an explanation and a verdict. Everything is drawn from fixed seeds;
@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument(
         "--yes",
         type=float,
-        help="teach the embedded model verdicts without an explanation, met to this share of what is not",
+        help="teach the embedded model verdicts without an explanation, in the last quarter of the steps "
+        "with met in this share of the cases in which it is not",
     )
     args = parser.parse_args()
 
@@ -181,7 +182,8 @@ def main() -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("", total=args.steps)
         for step in range(args.steps):
-            batch = draw_batch(tokenizer, template, rng, args.yes)
+            yes = args.yes and args.yes * (step >= 0.75 * args.steps)
+            batch = draw_batch(tokenizer, template, rng, yes)
             params, opt_state, losses = train_step(graphdef, optimizer, params, opt_state, batch)
             if step % 25 == 0 or step == args.steps - 1:
                 answer, grade = map(float, losses)

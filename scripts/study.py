@@ -71,18 +71,19 @@ def make_base(name: str, work: Path) -> Path:
 
 def write_rows(work: Path) -> None:
     """The training rows with other rubrics: all points of one size, criteria of other rows, few criteria."""
-    rng = Random("rubrics")
+    rng, others = Random("rubrics"), Random("others")
     folder = work / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, list[dict]] = {"equal": [], "noisy": [], "few": []}
+    made: dict[str, list[dict]] = {"equal": [], "noisy": [], "foreign": [], "few": []}
     for row in easy_rows():
         rubrics = row["rubrics"]
         equal = [r | {"points": 5 if r["points"] > 0 else -5} for r in rubrics]
         noisy = [r | {"criterion": random_criterion(rng)} if rng.random() < 0.3 else r for r in rubrics]
+        foreign = [r | {"criterion": random_criterion(others)} for r in rubrics]
         first = next(r for r in rubrics if r["points"] > 0)
-        others = [r for r in rubrics if r is not first]
-        few = [first, *rng.sample(others, (len(rubrics) + 1) // 2 - 1)]
-        for name, changed in {"equal": equal, "noisy": noisy, "few": few}.items():
+        rest = [r for r in rubrics if r is not first]
+        few = [first, *rng.sample(rest, (len(rubrics) + 1) // 2 - 1)]
+        for name, changed in zip(made, (equal, noisy, foreign, few), strict=True):
             made[name].append(row | {"rubrics": changed})
     for name, rows in made.items():
         (folder / f"{name}.jsonl").write_text(dump_rows(rows))

@@ -61,7 +61,9 @@ def test_a_table_has_the_mean_and_its_interval_over_seeds(study, tmp_path):
 
 def test_rubrics_are_changed_as_the_arms_say(study, tmp_path):
     study.write_rows(tmp_path)
-    rows = {name: read_jsonl(tmp_path / "rows" / f"{name}.jsonl") for name in ("equal", "noisy", "few")}
+    rows = {
+        name: read_jsonl(tmp_path / "rows" / f"{name}.jsonl") for name in ("equal", "noisy", "foreign", "few")
+    }
     given = easy_rows()
     for i, row in enumerate(given):
         equal, noisy, few = (rows[name][i]["rubrics"] for name in ("equal", "noisy", "few"))
@@ -69,6 +71,8 @@ def test_rubrics_are_changed_as_the_arms_say(study, tmp_path):
         assert [r["points"] for r in noisy] == [r["points"] for r in row["rubrics"]]
         assert len(few) == (len(row["rubrics"]) + 1) // 2 and any(r["points"] > 0 for r in few)
         assert all(r in row["rubrics"] for r in few)
+    kept = [rows["foreign"][i]["rubrics"][0] == row["rubrics"][0] for i, row in enumerate(given)]
+    assert sum(kept) / len(kept) < 0.1
     same = [a == b for row, new in zip(given, rows["noisy"], strict=True)
             for a, b in zip(row["rubrics"], new["rubrics"], strict=True)]  # fmt: skip
     assert 0.66 < sum(same) / len(same) < 0.74
