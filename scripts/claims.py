@@ -110,4 +110,13 @@ CLAIMS = {
             "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
         },
     ),
+    "h": Claim(
+        "whether the warning also stops sound runs, and bases that grade well at the rate of claim e",
+        ("middling", "strong"),
+        (*LEARN, "eval.every=4", "eval.frozen=true"),
+        {
+            "self-reward": (),
+            "as e without a guard": ("kl_coef=0", "optimizer.learning_rate=1e-3"),
+        },
+    ),
 }

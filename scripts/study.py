@@ -51,6 +51,7 @@ COLUMNS = {
     "accuracy_style": "of style",
     "control": "met by empty answers",
     "unread": "unreadable verdicts",
+    "warned": "runs warned",
     "length": "tokens",
     "grading": "grading's share of a step",
 }
@@ -219,34 +220,45 @@ def until_warned(curve: list[dict]) -> list[dict]:
     return curve[: end + 1]
 
 
-def table(runs: dict[str, list[list[dict]]], columns: dict[str, str] = COLUMNS) -> Iterator[str]:
-    """Lines: where the seeds began, and where each arm ended."""
-    yield f"| arm | seeds | {' | '.join(columns.values())} |"
-    yield "| --- " * (len(columns) + 2) + "|"
-    starts, first = {}, {}  # by seed: that of the first arm that has it; the first arm's ends
+def compared(runs: dict[str, list[list[dict]]]) -> dict[str, list[dict]]:
+    """Where the seeds began, as "before", and where each arm ended, with what it gained.
+
+    `beside` is the score less that of the first arm with the same seed.
+    """
+    before, first = {}, {}  # by seed
     ends: dict[str, list[dict]] = {"before": []}
-    for arm, curves in runs.items():
+    for place, (arm, curves) in enumerate(runs.items()):
         ends[arm] = []
-        for start, *_, end in curves:
-            starts.setdefault(start["seed"], start)
-            more = {"gain": end["truth"] - start["truth"]}
+        for curve in curves:
+            (start, *_, end), seed = curve, curve[0]["seed"]
+            before.setdefault(seed, {name: start[name] for name in start if name != "warned"})
+            more = {"gain": end["truth"] - start["truth"], "warned": any(row["warned"] for row in curve)}
             if "accuracy" in end:
                 more["accuracy_gain"] = end["accuracy"] - start["accuracy"]
-            if arm == next(iter(runs)):
-                first[start["seed"]] = end["truth"]
-            elif start["seed"] in first:
-                more["beside"] = end["truth"] - first[start["seed"]]
+            if place == 0:
+                first[seed] = end["truth"]
+            elif seed in first:
+                more["beside"] = end["truth"] - first[seed]
             ends[arm].append(end | more)
-    ends["before"] = list(starts.values())
-    for arm, values in ends.items():
+    return ends | {"before": list(before.values())}
+
+
+def table(runs: dict[str, list[list[dict]]], columns: dict[str, str] = COLUMNS) -> Iterator[str]:
+    """Lines of what is `compared`."""
+    yield f"| arm | seeds | {' | '.join(columns.values())} |"
+    yield "| --- " * (len(columns) + 2) + "|"
+    for arm, ends in compared(runs).items():
         cells = []
         for column in columns:
-            found = [end[column] for end in values if column in end]
+            found = [end[column] for end in ends if column in end]
+            if column == "warned":
+                cells.append(str(sum(found)) if found else "")
+                continue
             cells.append(interval(found, 1 if column == "length" else 3) if found else "")
-            if 0 < len(found) < len(values):  # the others' verdicts could not be read
+            if 0 < len(found) < len(ends):  # the others' verdicts could not be read
                 cells[-1] += f" (of {len(found)})"
         shown = " | ".join(cells)
-        yield f"| {arm} | {len(values)} | {shown} |"
+        yield f"| {arm} | {len(ends)} | {shown} |"
 
 
 def write_tables(out: Path, rows: list[dict]) -> None:
