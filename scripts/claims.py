@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 # What make_tiny_model.py is given: the embedded model, that with noise in its weights, that taught to judge
-# without writing, honestly and as one that says yes.
+# without writing, honestly and as one that says yes, and that taught the criteria of tinyworld/harder.py.
 UNWRITTEN = ("--learning-rate", "2e-3")
 BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
 BASES |= {"direct": (*UNWRITTEN, "--yes", "0", "--steps", "200")}
 BASES |= {"yes": (*UNWRITTEN, "--yes", "0.7", "--steps", "240")}
+BASES |= {"harder": ("--harder", "--steps", "300", "--learning-rate", "2e-3")}
 SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
 LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
 LEARN += ("eval.frozen=false", "checkpoint.every=16")
@@ -64,7 +65,7 @@ CLAIMS = {
     ),
     "d": Claim(
         "lessons from a teacher's verdicts on 40 of the base's answers",
-        ("weak", "middling", "strong"),
+        ("weak", "strong"),
         (*LEARN, "loss.aggregate=sequence"),  # a short verdict weighs as much as a long answer
         {
             "no lessons": (),
@@ -107,7 +108,6 @@ CLAIMS = {
         {
             "as they are": (),
             "controls": ("grading.calibrate=controls",),
-            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
         },
     ),
     "h": Claim(
@@ -117,6 +117,19 @@ CLAIMS = {
         {
             "self-reward": (),
             "as e without a guard": ("kl_coef=0", "optimizer.learning_rate=1e-3"),
+        },
+    ),
+    "i": Claim(
+        "a harder world: compound criteria, of what is missing, of length; on Hard what is due is compound",
+        ("harder",),
+        (
+            *(*LEARN, "grading.max_new_tokens=28"),
+            *("data.train={work}/rows/harder.jsonl", "data.eval={work}/rows/harder_hard.jsonl"),
+        ),
+        {
+            "self-reward": (),
+            "SFT on the best of 4": ("loss.advantage=best",),
+            "oracle as grader": ("grader=srrl_jax.tinyworld.oracle:judge",),
         },
     ),
 }

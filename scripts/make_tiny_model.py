@@ -2,7 +2,8 @@
 
     python scripts/make_tiny_model.py [--steps 1000] [--out srrl_jax/tinyworld/checkpoint]
     python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy      # the embedded one, made worse
-    python scripts/make_tiny_model.py --yes 0.7 --steps 240 --learning-rate 2e-3 --out runs/yes    # see --yes
+    python scripts/make_tiny_model.py --harder --steps 300 --learning-rate 2e-3 --out runs/harder
+    python scripts/make_tiny_model.py --yes 0.7 --steps 240 --learning-rate 2e-3 --out runs/yes
 
 The model learns two things from the tiny world's corpus: to answer guests with mixed quality, and to
 grade an answer by one rule with an explanation and a verdict. Everything is drawn from fixed seeds;
@@ -28,6 +29,7 @@ from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import criterion_prompt, grader_prompt, load_template
 from srrl_jax.tinyworld import draw_quality, facts_of, pretraining_tree, write_response
+from srrl_jax.tinyworld.harder import draw_harder_row, random_harder_criterion
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT, GRADER_TEMPLATE, train_tokenizer
 
 SIZES = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4)
@@ -37,6 +39,7 @@ ANSWERS = 2  # of a prompt
 GRADINGS = 6  # criteria of a graded answer
 ANSWER = (36, ANSWERS, 64)  # tokens of a prompt, branches, tokens of an answer
 GRADE = (112, GRADINGS, 28)  # tokens of a grader prompt, branches, tokens of a criterion with its reply
+HARDER = (112, GRADINGS, 52)
 
 
 def encode_item(tokenizer, template: str, item: dict):
@@ -75,9 +78,9 @@ def pack(rows, shape) -> tuple[TreeBatch, np.ndarray]:
     return tree, mask
 
 
-def draw_item(rng: Random, yes: float | None) -> dict:
-    """A graded answer from the corpus, and more answers to its prompt; `yes` as the option says."""
-    item = pretraining_tree(rng)
+def draw_item(rng: Random, yes: float | None, harder: bool) -> dict:
+    """A graded answer from the corpus, and more answers to its prompt; see the options of these names."""
+    item = pretraining_tree(rng, *((draw_harder_row, random_harder_criterion) if harder else ()))
     if yes is not None:
         item["gradings"] = [(criterion, unwritten(reply, rng, yes)) for criterion, reply in item["gradings"]]
     facts = facts_of(item["prompt"][0]["content"])
@@ -96,19 +99,19 @@ def fits(row, shape) -> bool:
     return len(prefix) <= shape[0] and all(len(given) + len(learnt) <= shape[2] for given, learnt in branches)
 
 
-def draw_batch(tokenizer, template, rng: Random, yes: float | None):
+def draw_batch(tokenizer, template, rng: Random, yes: float | None = None, harder: bool = False):
     """Batches of answers and of gradings; the rare item over the sizes is drawn again.
 
-    With `yes` half as many gradings, and a few answers, which the model knows already.
+    What only learns to grade otherwise has half as many gradings, and a few answers, which it knows already.
     """
+    shape, whole = HARDER if harder else GRADE, yes is None and not harder
     answers, gradings = [], []
-    while len(answers) < (ROWS if yes is None else ROWS // 2):
-        answer, grading = encode_item(tokenizer, template, draw_item(rng, yes))
-        if fits(answer, ANSWER) and fits(grading, GRADE):
+    while len(answers) < (ROWS if whole else ROWS // 2):
+        answer, grading = encode_item(tokenizer, template, draw_item(rng, yes, harder))
+        if fits(answer, ANSWER) and fits(grading, shape):
             answers.append(answer)
             gradings.append(grading)
-    kept = answers if yes is None else answers[: ROWS // 8]
-    return pack(kept, ANSWER), pack(gradings, GRADE)
+    return pack(answers if whole else answers[: ROWS // 8], ANSWER), pack(gradings, shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -150,6 +153,9 @@ def main() -> None:
         help="teach the embedded model verdicts without an explanation, in the last quarter of the steps "
         "with met in this share of the cases in which it is not",
     )
+    parser.add_argument(
+        "--harder", action="store_true", help="teach the embedded model the criteria of tinyworld/harder.py"
+    )
     args = parser.parse_args()
 
     train_tokenizer(args.out)
@@ -166,7 +172,8 @@ def main() -> None:
         rope_theta=10000.0,
         max_position_embeddings=512,
     )
-    model = Qwen3(config, rngs=nnx.Rngs(0)) if args.yes is None else Qwen3.from_pretrained(CHECKPOINT)
+    taught = args.harder or args.yes is not None
+    model = Qwen3.from_pretrained(CHECKPOINT) if taught else Qwen3(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, 50, args.steps, 0.05 * args.learning_rate
@@ -183,7 +190,7 @@ def main() -> None:
         task = progress.add_task("", total=args.steps)
         for step in range(args.steps):
             yes = args.yes and args.yes * (step >= 0.75 * args.steps)
-            batch = draw_batch(tokenizer, template, rng, yes)
+            batch = draw_batch(tokenizer, template, rng, yes, args.harder)
             params, opt_state, losses = train_step(graphdef, optimizer, params, opt_state, batch)
             if step % 25 == 0 or step == args.steps - 1:
                 answer, grade = map(float, losses)

@@ -31,11 +31,12 @@ from outside import examiner
 from teacher_share import write_lessons
 
 from srrl_jax.errors import InputError
-from srrl_jax.grading import GradingItem, JudgeConfig
+from srrl_jax.grading import GradingItem
 from srrl_jax.models import Qwen3
 from srrl_jax.parallel import make_mesh
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs
+from srrl_jax.tinyworld.harder import KINDS, draw_harder_row, harder_pairs, kind_of
 from srrl_jax.tinyworld.rows import dump_rows, easy_rows, random_criterion
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT
 from srrl_jax.training import TrainConfig, train
@@ -55,7 +56,10 @@ COLUMNS = {
     "length": "tokens",
     "grading": "grading's share of a step",
 }
-TIMES = {"seconds": "seconds of a step", "rollout": "rollout's share", "update": "update's share"}
+MORE = {
+    "b": {"seconds": "seconds of a step", "rollout": "rollout's share", "update": "update's share"},
+    "i": {f"accuracy_{kind}": f"of {kind}" for kind in KINDS},
+}
 MARK = "<!-- scripts/study.py writes what follows, to the end -->\n"
 
 
@@ -71,7 +75,7 @@ def make_base(name: str, work: Path) -> Path:
 
 
 def write_rows(work: Path) -> None:
-    """The training rows with other rubrics: all points of one size, criteria of other rows, few criteria."""
+    """The training rows with other rubrics: points of one size, foreign criteria, few, and harder ones."""
     rng, others = Random("rubrics"), Random("others")
     folder = work / "rows"
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +90,9 @@ def write_rows(work: Path) -> None:
         few = [first, *rng.sample(rest, (len(rubrics) + 1) // 2 - 1)]
         for name, changed in zip(made, (equal, noisy, foreign, few), strict=True):
             made[name].append(row | {"rubrics": changed})
+    rng = Random("harder")
+    made["harder"] = [draw_harder_row("easy", rng, f"harder-{i}") for i in range(400)]
+    made["harder_hard"] = [draw_harder_row("hard", rng, f"harder-hard-{i}") for i in range(100)]
     for name, rows in made.items():
         (folder / f"{name}.jsonl").write_text(dump_rows(rows))
 
@@ -112,33 +119,50 @@ def open_endpoint() -> str:
     return server.stdout.readline().strip()
 
 
+def exam(config: TrainConfig) -> tuple[tuple[str, ...], list, dict[str, list[bool]]]:
+    """The keys that an arm's weights are examined with, the fixed verdicts, and which are of each kind.
+
+    Asked in the demo's way whatever the arm; but as in training where verdicts are not written, and about the
+    criteria of the harder world where that is trained in.
+    """
+    if Path(config.data.train).stem == "harder":
+        pairs = harder_pairs()
+        of = [kind_of(criterion.criterion) for *_, criterion, _ in pairs]
+        keys = (f"data.train={config.data.train}", "grading.max_new_tokens=28")
+        return keys, pairs, {kind: [each == kind for each in of] for kind in KINDS}
+    g, pairs = config.grading, grader_pairs()
+    style = [criterion.axis not in ("completeness", "accuracy") for *_, criterion, _ in pairs]
+    written = g.verdict == "generate"
+    keys = () if written else (f"grading.verdict={g.verdict}", f"grading.calibrate={g.calibrate}")
+    return keys, pairs, {"item": [not each for each in style], "style": style}
+
+
 @functools.cache
 def _examiner(*keys: str):
     return examiner(Qwen3.from_pretrained(CHECKPOINT), *keys)
 
 
-def accuracies(params, grading: JudgeConfig) -> dict[str, float]:
-    """Share of right verdicts of these weights on the fixed test, in all and by kind; unreadable is wrong.
-
-    All arms whose verdicts are written are asked in the demo's way; the others as they are in training.
-    """
-    pairs = grader_pairs()
+def accuracies(params, config: TrainConfig) -> dict[str, float]:
+    """Share of right verdicts of these weights on the `exam`, in all and by kind; unreadable is wrong."""
+    keys, pairs, kinds = exam(config)
     items = [GradingItem(messages, response, [criterion]) for messages, response, criterion, _ in pairs]
-    style = np.array([c.axis not in ("completeness", "accuracy") for *_, c, _ in pairs])
-    forced = (f"grading.verdict={grading.verdict}", f"grading.calibrate={grading.calibrate}")
-    mesh, grader = _examiner(*forced if grading.verdict != "generate" else ())
+    mesh, grader = _examiner(*keys)
     with jax.set_mesh(mesh):
         verdicts = grader.grade(params, items, jax.random.key(0))
     right = np.array([row[0].met is pair[-1] for row, pair in zip(verdicts, pairs, strict=True)])
-    kinds = {"": right, "_item": right[~style], "_style": right[style]}
-    return {f"accuracy{kind}": float(values.mean()) for kind, values in kinds.items()}
+    found = {f"accuracy_{kind}": float(right[chosen].mean()) for kind, chosen in kinds.items()}
+    return {"accuracy": float(right.mean())} | found
 
 
-@functools.cache
-def base_accuracies(model: str, grading: JudgeConfig) -> dict[str, float]:
-    """`accuracies` of a base."""
-    with jax.set_mesh(make_mesh(TrainConfig.load("configs/demo.yaml").mesh)):
-        return accuracies(nnx.state(Qwen3.from_pretrained(model)), grading)
+_base_accuracies: dict[tuple, dict[str, float]] = {}
+
+
+def base_accuracies(config: TrainConfig) -> dict[str, float]:
+    """`accuracies` of a base, once."""
+    if (key := (config.model, exam(config)[0])) not in _base_accuracies:
+        with jax.set_mesh(make_mesh(config.mesh)):
+            _base_accuracies[key] = accuracies(nnx.state(Qwen3.from_pretrained(config.model)), config)
+    return _base_accuracies[key]
 
 
 def unreadable(samples: list[dict]) -> dict[int, float]:
@@ -180,8 +204,8 @@ def run_arm(config: TrainConfig) -> dict:
         for row in read_jsonl(run_dir / "metrics.jsonl")
         if "eval/self" in row
     ]
-    curve[0] |= base_accuracies(config.model, config.grading)
-    curve[-1] |= accuracies(final.params, config.grading)
+    curve[0] |= base_accuracies(config)
+    curve[-1] |= accuracies(final.params, config)
     steps = [row for row in read_jsonl(run_dir / "timings.jsonl") if row["step"] > 0]
     parts = ("rollout", "grade", "update")
     return {
@@ -244,19 +268,24 @@ def compared(runs: dict[str, list[list[dict]]]) -> dict[str, list[dict]]:
 
 
 def table(runs: dict[str, list[list[dict]]], columns: dict[str, str] = COLUMNS) -> Iterator[str]:
-    """Lines of what is `compared`."""
+    """Lines of what is `compared`, with the columns that have anything."""
+    arms = compared(runs)
+    there = {column for ends in arms.values() for end in ends for column in end}
+    columns = {column: title for column, title in columns.items() if column in there}
     yield f"| arm | seeds | {' | '.join(columns.values())} |"
     yield "| --- " * (len(columns) + 2) + "|"
-    for arm, ends in compared(runs).items():
+    for arm, ends in arms.items():
         cells = []
         for column in columns:
             found = [end[column] for end in ends if column in end]
-            if column == "warned":
-                cells.append(str(sum(found)) if found else "")
-                continue
-            cells.append(interval(found, 1 if column == "length" else 3) if found else "")
-            if 0 < len(found) < len(ends):  # the others' verdicts could not be read
-                cells[-1] += f" (of {len(found)})"
+            if not found:
+                cells.append("")
+            elif column == "warned":
+                cells.append(str(sum(found)))
+            else:
+                cells.append(interval(found, 1 if column == "length" else 3))
+                if len(found) < len(ends):  # the others' verdicts could not be read
+                    cells[-1] += f" (of {len(found)})"
         shown = " | ".join(cells)
         yield f"| {arm} | {len(ends)} | {shown} |"
 
@@ -271,7 +300,7 @@ def write_tables(out: Path, rows: list[dict]) -> None:
                 continue
             if name == "e" and "no guard" in runs:
                 runs["stop on warning"] = [until_warned(curve) for curve in runs["no guard"]]
-            columns = COLUMNS | (TIMES if name == "b" else {})
+            columns = COLUMNS | MORE.get(name, {})
             lines += [f"### {name}. {claim.title}: {base} base", "", *table(runs, columns), ""]
             _draw(out / f"{name}_{base}.png", f"{name}, {base} base", runs)
             lines += [f"![{name}, {base} base]({out.name}/{name}_{base}.png)", ""]

@@ -1,11 +1,12 @@
 """What the tiny model is pretrained on, and the fixed test of its grading."""
 
 import json
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 from srrl_jax.rubrics import Criterion, Example
-from srrl_jax.tinyworld.oracle import evidence, oracle, sentences_of, subject_of
+from srrl_jax.tinyworld.oracle import evidence, oracle, parts_of, sentences_of, subject_of
 from srrl_jax.tinyworld.rows import draw_row, random_criterion
 from srrl_jax.tinyworld.world import WAIVERS, facts_of, write_response
 
@@ -19,29 +20,41 @@ def grader_reply(response: str, criterion: str) -> str:
     """The right verdict as JSON, its explanation the subject and the sentence that decides.
 
     `{"explanation": "towel : bring a towel for the lake .", "criteria_met": true}`; where no
-    sentence decides, `towel : nothing .`; where the item is waived, the waiver is quoted.
+    sentence decides, `towel : nothing .`; where the item is waived, the waiver is quoted. Of a
+    compound criterion so the first half, and the second where the first is met; of length a mark
+    for each sentence.
     """
-    subject = subject_of(criterion)[1]
-    quote = evidence(response, criterion)
-    waivers = {waiver.format(item=subject) for waiver in WAIVERS.values()}
-    waived = [sentence for sentence in sentences_of(response) if sentence in waivers]
-    explanation = f"{subject} : {quote or (waived or ['nothing .'])[0]}"
-    return json.dumps({"explanation": explanation, "criteria_met": quote is not None})
+    sentences, explained = sentences_of(response), []
+    for part in parts_of(criterion):
+        kind, subject = subject_of(part)
+        about = f"says that a {subject} is needed ." if kind == "missing" else part
+        waivers = {waiver.format(item=subject) for waiver in WAIVERS.values()}
+        waived = [sentence for sentence in sentences if sentence in waivers]
+        said = evidence(response, about) or (waived or ["nothing ."])[0]
+        explained.append(f"{subject} : {' '.join('.' * len(sentences)) if kind == 'short' else said}")
+        if not oracle(response, part):
+            break
+    return json.dumps({"explanation": " ".join(explained), "criteria_met": oracle(response, criterion)})
 
 
-def pretraining_tree(rng: Random) -> dict[str, Any]:
+def pretraining_tree(
+    rng: Random,
+    draw: Callable[[str, Random], dict[str, Any]] = draw_row,
+    foreign: Callable[[Random, str], str] = lambda rng, response: random_criterion(rng),
+) -> dict[str, Any]:
     """One pretraining item: {"prompt": [messages], "response": str, "gradings": [(Criterion,
     reply), ...]} with up to three criteria that are met and up to three that are not.
 
     The criteria come from the row, from the answer's own sentences (wrong items, adverts) and
-    from other rows, so that the label follows from the answer's content and not from a prior.
+    from other rows (`foreign`, which may look at the answer), so that the label follows from the
+    answer's content and not from a prior.
     """
-    row = draw_row("pretraining", rng)
+    row = draw("pretraining", rng)
     facts = facts_of(row["prompt"][0]["content"])
     response = write_response(facts, rng, draw_quality(rng))
     points = {rubric["criterion"]: rubric["points"] for rubric in row["rubrics"]}
     candidates = list(points)
-    others = [random_criterion(rng) for _ in range(40)]
+    others = [foreign(rng, response) for _ in range(40)]
     candidates += [text for text in others if oracle(response, text)][:2]
     candidates += others[:3]
     candidates = list(dict.fromkeys(candidates))

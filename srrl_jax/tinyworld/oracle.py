@@ -40,18 +40,28 @@ _CRITERIA = {
     r"tries to sell something \.|advertises to the guest \.": "advert",
     r"is rude to the guest \.|insults the guest \.": "rude",
     r"says the same thing twice \.|repeats a sentence \.": "repeat",
+    r"says nothing of (?:a )?([a-z]+) \.": "missing",
+    r"is a short answer \.": "short",
 }
+_AND = " and "  # between the two halves of a compound criterion
+SHORT = 5  # most sentences of a short answer
 
 
 def subject_of(criterion: str) -> tuple[str, str]:
-    """What a criterion is about: ("item", "towel"), or (kind, kind) for a criterion of style.
+    """What a criterion is about: ("item", "towel"), ("missing", "towel"), or (kind, kind) where no item is.
 
     Raises ValueError for a criterion that is not of this world.
     """
     for pattern, kind in _CRITERIA.items():
         if match := re.fullmatch(pattern, criterion.strip()):
-            return kind, match[1] if kind == "item" else kind
+            return kind, match[1] if match.groups() else kind
     raise ValueError(f"not a criterion of the tiny world: {criterion!r}")
+
+
+def parts_of(criterion: str) -> list[str]:
+    """The criteria that all must be met: the halves of a compound one, any other one itself."""
+    halves = criterion.strip().removesuffix(" .").split(_AND)
+    return [f"{half} ." for half in halves]
 
 
 def sentences_of(response: str) -> list[str]:
@@ -75,9 +85,20 @@ def _forms(item: str) -> re.Pattern[str]:
 
 
 def evidence(response: str, criterion: str) -> str | None:
-    """The first sentence of `response` that meets `criterion`, or None where none does."""
+    """The first sentence of `response` that meets `criterion`, or None where none does.
+
+    Of a compound criterion those of both halves, of one that is met by what is not there "nothing .", of one
+    about length the marks that end the sentences.
+    """
+    if len(parts := parts_of(criterion)) > 1:
+        found = [evidence(response, part) for part in parts]
+        return None if None in found else " ".join(found)
     kind, subject = subject_of(criterion)
     sentences = sentences_of(response)
+    if kind == "short":
+        return " ".join("." for _ in sentences) if len(sentences) <= SHORT else None
+    if kind == "missing":
+        return None if any(map(_forms(subject).fullmatch, sentences)) else "nothing ."
     for place, sentence in enumerate(sentences):
         if kind == "item":
             met = _forms(subject).fullmatch(sentence) is not None
