@@ -58,7 +58,7 @@ def main() -> None:
     graphdef, params = nnx.split(model)
     del model
     reference = jax.tree.map(jnp.copy, params) if args.kl > 0 else None
-    update = make_update(graphdef, config, optimizer)
+    update = make_update(graphdef, config, optimizer, args.remat)
     state = [params, optimizer.init(params)]
     del params
     random = np.random.default_rng(0)

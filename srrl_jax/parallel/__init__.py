@@ -15,6 +15,7 @@ from srrl_jax.parallel.mesh import (
     rollout_layout,
     row_shards,
     shardings,
+    train_layout,
 )
 from srrl_jax.parallel.processes import end_together, gather, is_main, join, local_rows, to_host
 from srrl_jax.parallel.sizes import check_rows, left_whole
@@ -42,4 +43,5 @@ __all__ = [
     "row_shards",
     "shardings",
     "to_host",
+    "train_layout",
 ]

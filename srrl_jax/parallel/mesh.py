@@ -194,11 +194,19 @@ def shardings(variables: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 def rollout_layout(variables: Any, mesh: Mesh) -> Any:
     """Within jit: pins a tree of NNX variables to `ROLLOUT_RULES`."""
+    return _pinned(variables, shardings(variables, mesh, ROLLOUT_RULES))
 
+
+def train_layout(variables: Any) -> Any:
+    """Within jit: pins a tree of NNX variables to `RULES` under the current mesh; nothing without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return variables if mesh.empty else _pinned(variables, shardings(variables, mesh))
+
+
+def _pinned(variables: Any, places: Any) -> Any:
     def pin(variable, sharding):
         return variable.replace(jax.lax.with_sharding_constraint(variable[...], sharding))
 
-    places = shardings(variables, mesh, ROLLOUT_RULES)
     return jax.tree.map(pin, variables, places, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 

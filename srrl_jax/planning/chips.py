@@ -14,7 +14,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.parallel.chips import CHIPS, Chip
 
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-_H100 = Path(__file__).with_name("h100.txt")  # what XLA wants to know of a GPU that is not there
+_GPUS = ("h100", "rtx4090")  # of each a file beside this one: what XLA wants to know of it
 JAX_SHARE = 0.75  # of a GPU's memory, that JAX takes for programs unless told otherwise
 
 
@@ -50,7 +50,7 @@ class Topology:
     @property
     def compiles(self) -> bool:
         """Whether the compiler for it is here: for GPUs JAX's CUDA plugin."""
-        return self.kind != "h100" or any(importlib.util.find_spec(name) for name in _CUDA_PLUGINS)
+        return self.kind not in _GPUS or any(importlib.util.find_spec(name) for name in _CUDA_PLUGINS)
 
     @property
     def chips(self) -> int:
@@ -65,7 +65,7 @@ class Topology:
     @property
     def island(self) -> int:
         """Devices in a row that links join: those of a slice, or of a node of GPUs."""
-        return self.shape[-1] if self.kind == "h100" else self.size // self.slices
+        return self.shape[-1] if self.kind in _GPUS else self.size // self.slices
 
     @property
     def chip(self) -> Chip:
@@ -74,7 +74,7 @@ class Topology:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return Chip(80e9, memory // self.size, 15e9, 5e9, 1e9)
         chip = CHIPS[self.kind]
-        if self.kind == "h100":
+        if self.kind in _GPUS:
             share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", JAX_SHARE))
             chip = dataclasses.replace(chip, hbm=int(share * chip.hbm))
         return chip
@@ -89,9 +89,9 @@ class Topology:
             return _virtual(self.size)
         if not self.compiles:
             raise InputError("srrl plan for a GPU needs JAX's CUDA plugin: pip install 'srrl-jax[plan-gpu]'")
-        if self.kind == "h100":
-            nodes = self.size // self.island
-            options = {"target_config": _H100.read_text(), "topology": f"1x{nodes}x{self.island}"}
+        if self.kind in _GPUS:
+            nodes, described = self.size // self.island, Path(__file__).with_name(f"{self.kind}.txt")
+            options = {"target_config": described.read_text(), "topology": f"1x{nodes}x{self.island}"}
             return self._described("cuda", "", options)
         if importlib.util.find_spec("libtpu") is None:
             raise InputError("srrl plan for a TPU needs libtpu: pip install 'srrl-jax[aot]'")

@@ -16,7 +16,6 @@ from srrl_jax.parallel import computing
 from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.programs import Compiled, Compiler, DoesNotFit, Setup
 from srrl_jax.sampling import RowLengths
-from srrl_jax.sampling.shapes import default_budget
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.shapes import RunLengths
 
@@ -165,7 +164,6 @@ def make_plan(
       InputError: the mesh does not go with the topology or the model, not one row fits the samplers' memory,
         or the compiler is missing.
     """
-    config = _on_the_chip(config, topology)
     if topology.slices > 1:
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slice=topology.slices))
     sizes = model_config(config.model)
@@ -185,17 +183,6 @@ def _groups(config: TrainConfig) -> list[str]:
     graded = config.judge in ("policy", "frozen") or config.data.eval is not None
     scored = config.kl_coef > 0 or config.loss.importance_cap is not None
     return ["rollout", *["grade"] * graded, *["logprob"] * scored, "update"]
-
-
-def _on_the_chip(config: TrainConfig, topology: Topology) -> TrainConfig:
-    """The recipe with what training would find out on the chip: the memory that samplers may take."""
-    half = default_budget(topology.chip.hbm) / 1e9
-    r, g = config.rollout, config.grading
-    return dataclasses.replace(
-        config,
-        rollout=dataclasses.replace(r, memory_gb=r.memory_gb or half),
-        grading=dataclasses.replace(g, memory_gb=g.memory_gb or half),
-    )
 
 
 def _compile(compiler: Compiler, setup: Setup) -> None:
@@ -269,9 +256,9 @@ def _work(group: str, program: str, tree: Tree, setup: Setup) -> Work:
             layers = counts.forward(c, tree, width, causal).times(setup.microbatches)
             return layers + counts.head(c, positions, width)._replace(traffic=0)
         case "update":
-            o, frozen = config.optimizer, bool(config.lora.rank)
-            passes = counts.update(c, tree, width, causal, o.remat, frozen).times(setup.microbatches)
-            return passes + counts.adamw(sum(x.size for x in jax.tree.leaves(setup.learnt)))
+            once = counts.update(c, tree, width, causal, setup.shapes.remat, bool(config.lora.rank))
+            learnt = sum(x.size for x in jax.tree.leaves(setup.learnt))
+            return once.times(setup.microbatches) + counts.adamw(learnt)
     raise ValueError(program)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -19,6 +20,7 @@ from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
 from srrl_jax.programs import Program, peak_bytes, placed
 from srrl_jax.sampling import Sampler
+from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
 from srrl_jax.training.learner import minibatch_shapes, network, update_programs
@@ -91,14 +93,15 @@ class Setup(NamedTuple):
         mesh = make_mesh(config.mesh, devices)
         whole = NamedSharding(mesh, P())
         with jax.set_mesh(mesh):
-            shapes = plan_update(config, model_config, lengths.longest_prompt, mesh, memory)
             model = network(config, model_config)
+            shapes = plan_update(config, model, lengths.longest_prompt, mesh, memory)
             rollout, grading = samplers(
-                model, config, mesh, lengths, stop_ids=(0, 1), allowed=model_config.vocab_size
+                model, config, mesh, lengths, stop_ids=(0, 1), allowed=model_config.vocab_size, memory=memory
             )
         _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
         state, base = (adapters, weights) if config.lora.rank else (weights, NOTHING)
         optimizer = make_optimizer(config.optimizer)
+        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), base)
         learnt, base = (placed(part, shardings(part, mesh)) for part in (state, base))
         opt_state = optax.tree_utils.tree_map_params(
             optimizer,
@@ -110,20 +113,34 @@ class Setup(NamedTuple):
         return cls(config, mesh, model, learnt, base, opt_state, rollout, grading, shapes)
 
     @property
+    def start(self) -> Any:
+        """What is learnt, as it was, in the type of the computation; with LoRA the adapters as they are."""
+        dtype = jnp.float32 if self.config.lora.rank else self.model.dtype
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self.learnt)
+
+    @property
     def params(self) -> Any:
-        """All weights of the policy."""
-        return nnx.merge_state(self.learnt, self.base)
+        """All weights of the policy in the type of the computation."""
+        return nnx.merge_state(self.start, self.base)
 
     def beside(self, group: str) -> tuple:
-        """What is learnt or its start, whichever a group of programs does not run on: the devices hold it
-        beside, except while the start is in host memory."""
+        """Weights that the devices hold beside the arguments of a group's programs: those that are learnt,
+        where the programs take them in another type; and the frozen ones, except while they are in host
+        memory."""
         c = self.config
+        cast = c.lora.rank == 0 and self.model.dtype != jnp.float32
         brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
-        return (self.learnt,) if c.needs_frozen and (c.reference == "device" or brought) else ()
+        frozen = c.needs_frozen and (c.reference == "device" or brought)
+        return (self.learnt,) * (cast and group != "update") + (self.start,) * frozen
 
     def sampler(self, group: str) -> Sampler:
         """Of "rollout" or "grade"."""
         return self.rollout if group == "rollout" else self.grading
+
+    @property
+    def moments(self) -> tuple:
+        """The optimizer's, where the devices hold them between updates."""
+        return (self.opt_state,) if self.config.optimizer.moments == "device" else ()
 
     @property
     def microbatches(self) -> int:
@@ -138,7 +155,7 @@ class Setup(NamedTuple):
             sampler = self.sampler(group)
             scores = group == "grade" and self.config.grading.verdict != "generate"
             weights = {"params": self.params, "decoding": sampler.decoding}
-            rest = (self.opt_state, *self.beside(group))
+            rest = (*self.moments, *self.beside(group))
             if group == "grade" and sampler.int8_weights != self.rollout.int8_weights:
                 rest = (*rest, self.rollout.decoding)  # of other types, so the grader's lie beside them
             first = {"decode": "decoding", "empty caches": ""}
@@ -152,14 +169,13 @@ class Setup(NamedTuple):
             if group == "grade" and sampler.int8_weights == self.rollout.int8_weights:
                 found = [program for program in found if program.kind != "relayout"]  # done for rollouts
             return {program.kind: (program, held(program)) for program in found}
-        update = make_update(nnx.graphdef(self.model), self.config, make_optimizer(self.config.optimizer))
+        graphdef, optimizer = nnx.graphdef(self.model), make_optimizer(self.config.optimizer)
+        update = make_update(graphdef, self.config, optimizer, self.shapes.remat)
         minibatches = minibatch_shapes(self.config, self.shapes, self.mesh)
-        state = self.learnt, self.opt_state
-        found = update_programs(
-            nnx.graphdef(self.model), update, self.config, minibatches, state, self.base, [self.params]
-        )
+        state = TrainState(self.learnt, self.opt_state)
+        found = update_programs(graphdef, update, self.config, minibatches, state, self.base, self.params)
         kind = "update" if group == "update" else "log-probabilities"
-        held = self.beside(group) if group == "update" else (self.opt_state, *self.beside(group))
+        held = self.beside(group) if group == "update" else (*self.moments, *self.beside(group))
         return {program.kind: (program, held) for program in found if program.kind == kind}
 
 

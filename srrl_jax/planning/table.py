@@ -14,7 +14,8 @@ _HELP = {
     "logprob": "optimizer.microbatch, rollout.max_new_tokens, rollout.max_prompt_tokens; "
     "a larger mesh.tensor",
     "update": "optimizer.microbatch, rollout.max_new_tokens, rollout.max_prompt_tokens; "
-    "optimizer.remat=full, optimizer.first_moment=bfloat16, dtype=bfloat16, reference=host; a larger "
+    "optimizer.remat=full, optimizer.first_moment=bfloat16, dtype=bfloat16, "
+    "reference=host; a larger "
     "mesh.tensor or mesh.fsdp",
 }
 

@@ -157,7 +157,7 @@ def plan_shapes(
         shapes = Shapes(
             pack=pack,
             packed=min(running, -(-pack // max(1, shortest))),
-            rows=min(math.ceil(running * _RESIDENT), max(running, all_rows)) * shards,
+            rows=(min(math.ceil(running * _RESIDENT), max(running, all_rows)) if running > 1 else 1) * shards,
             row=_in_blocks(longest),
             running=running * shards,
             slots=max(fan_out, math.ceil(running * branches)) * shards,

@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
-from srrl_jax.parallel import fingerprint
+from srrl_jax.parallel import fingerprint, in_memory
 from srrl_jax.programs import DoesNotFit
 from srrl_jax.training.config import CheckpointConfig
 from srrl_jax.training.memory import fits
@@ -96,7 +96,7 @@ class Checkpoints:
         """Starts to write; returns when the arrays may be donated again."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
-            position=ocp.args.JsonSave(position._asdict() | {"fingerprint": int(fingerprint(state))}),
+            position=ocp.args.JsonSave(position._asdict() | {"fingerprint": _fingerprint(state)}),
         )
         best = {"value": metrics[self._best]} if self._best in metrics else None
         with self._disk_errors():
@@ -122,7 +122,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
         stored = self._manager.restore(step, args=args)
         state, position = TrainState(**stored["state"]), stored["position"]
-        if position.pop("fingerprint") != int(fingerprint(state)):
+        if position.pop("fingerprint") != _fingerprint(state):
             raise ValueError("the arrays are not those that were saved")
         return Position(**position), state
 
@@ -193,6 +193,10 @@ class Checkpoints:
                 f"{self._folder}: cannot write a checkpoint ({_first_line(error)}); {last}. "
                 "Make room or mend the directory, then run the same command to go on"
             ) from error
+
+
+def _fingerprint(state: TrainState) -> int:
+    return int(fingerprint(in_memory("device", state)))  # moments may be in the host's memory
 
 
 def _value(metrics: dict[str, float]) -> float:

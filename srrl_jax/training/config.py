@@ -53,7 +53,7 @@ class RolloutConfig:
       max_new_tokens: limit of a completion.
       max_prompt_tokens: limit of a prompt, for `data.too_long`; null is what the model's positions leave.
       memory_gb: GB of each device that sampling may take beside the weights; with long prompts fewer run at
-        one time. null is half of the device's memory (on a CPU, of the machine's).
+        one time. null is what weights, moments and the reference leave (on a CPU at most half of the memory).
       thinking: whether the chat template asks for a <think> block.
       int8: decode with "weights" in 8 bits, or with K/V caches too ("weights_kv"); training keeps its own.
     """
@@ -184,7 +184,9 @@ class OptimizerConfig:
       microbatch: prompts (with their whole groups) of one forward and backward pass; null is as many as fit
         the memory (`srrl_jax.training.shapes`).
       remat: what the backward pass computes again instead of keeping it: "none"; "full", all of each layer;
-        "dots", all but products with weights.
+        "dots", all but products with weights; "auto" is as little as fits the memory.
+      moments: where AdamW's moments lie; from "host" they come to the devices for each update, and leave
+        again.
       first_moment: type in which AdamW keeps its first moment; bfloat16 saves 2 bytes a weight.
       max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
     """
@@ -197,7 +199,8 @@ class OptimizerConfig:
     grad_clip: float = 1.0
     minibatches: int = 1
     microbatch: int | None = None
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    moments: Literal["device", "host"] = "device"
     first_moment: Literal["float32", "bfloat16"] = "float32"
     max_skipped: int = 5
 
@@ -260,6 +263,7 @@ class TrainConfig:
 
     The steps of `profile` are traced by JAX's profiler; true is the second, since the first one compiles.
     `matmul_precision`: of products of float32 where `dtype` is float32, see `srrl_jax.parallel.computing`.
+    `dtype`: of activations and products, and of all weights but those that are learnt, which are float32.
     `reference`: where the frozen starting weights lie;
     from "host" they come to the devices for each use, and leave again.
     `grader` is "policy", "frozen" (the starting weights), "teacher", or a grader of one's own as

@@ -13,7 +13,7 @@ from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example, parse_verdict, score_response
 from srrl_jax.sampling import Completion, RowLengths, Sampler
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.shapes import RunLengths, with_responses
+from srrl_jax.training.shapes import RunLengths, sampling_budget, with_responses
 
 
 class Graded(NamedTuple):
@@ -123,13 +123,17 @@ def samplers(
     *,
     stop_ids: Sequence[int],
     allowed: int,
+    memory: int | None = None,
 ) -> tuple[Sampler, Sampler]:
     """Of rollouts and of grading, for rows of these lengths.
 
+    Args:
+      memory: bytes of a device; of those that are here by default.
     Raises:
       InputError: more positions than the model has, or not one row fits the memory.
     """
     r, g = config.rollout, config.grading
+    free = None if r.memory_gb and g.memory_gb else sampling_budget(config, model, mesh, memory)
     common = dict(stop_ids=stop_ids, allowed=allowed, mesh=mesh)
     rollout = Sampler(
         model,
@@ -137,7 +141,7 @@ def samplers(
         together=config.prompts_per_step,
         new_tokens=r.max_new_tokens,
         sampling=r.sampling,
-        memory_gb=r.memory_gb,
+        memory_gb=r.memory_gb or free,
         int8=r.int8,
         **common,
     )
@@ -148,7 +152,7 @@ def samplers(
         shared=lengths.shared,
         new_tokens=g.max_new_tokens,
         sampling=g.sampling,
-        memory_gb=g.memory_gb,
+        memory_gb=g.memory_gb or free,
         int8=g.int8,
         **common,
     )

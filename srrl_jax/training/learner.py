@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,15 @@ from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
 from srrl_jax.models.weights import abstract, read_config
-from srrl_jax.parallel import batch_sharding, fingerprint, in_memory, place_batch, replicate, shardings
+from srrl_jax.parallel import (
+    batch_sharding,
+    fingerprint,
+    in_memory,
+    place_batch,
+    replicate,
+    shardings,
+    train_layout,
+)
 from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
@@ -24,7 +33,13 @@ from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies
 from srrl_jax.training.memory import fits
 from srrl_jax.training.shapes import UpdateShapes, plan_update
-from srrl_jax.training.update import NOTHING, completion_logprobs, make_optimizer, make_schedule, make_update
+from srrl_jax.training.update import (
+    NOTHING,
+    completion_logprobs,
+    make_optimizer,
+    make_schedule,
+    make_update,
+)
 
 
 def network(config: TrainConfig, sizes: Qwen3Config | None = None) -> Qwen3:
@@ -60,7 +75,13 @@ def minibatch_shapes(
 
 
 def update_programs(
-    graphdef, update, config: TrainConfig, minibatches: Mapping[int, UpdateBatch], state, base, scored
+    graphdef,
+    update,
+    config: TrainConfig,
+    minibatches: Mapping[int, UpdateBatch],
+    state: TrainState,
+    base: Any,
+    scored: Any | None,
 ) -> list[Program]:
     """Programs of updates, in shapes and placements.
 
@@ -68,17 +89,26 @@ def update_programs(
       update: of `make_update`.
       minibatches: by the length of their completions.
       state, base: weights and moments that are learnt, and the weights beside them.
-      scored: weights under which log-probabilities are computed, one of each layout.
+      scored: weights under which log-probabilities are computed; None where none are.
     """
     found = []
     for size, part in minibatches.items():
         microbatches, rows, prompt = part.tree.prefix.shape
         sizes = f"{microbatches} x {rows} x ({prompt} + {config.group_size} x {size})"
         found.append(Program("update", sizes, update, (*state, part, base)))
-        for weights in scored:
-            args = (graphdef, weights, part, config.rollout.sampling.temperature)
+        if scored is not None:
+            args = (graphdef, scored, part, config.rollout.sampling.temperature)
             found.append(Program("log-probabilities", sizes, completion_logprobs, args))
     return found
+
+
+def _on_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind("device"))
+
+
+def computed_in(dtype: Any, variables: Any) -> Any:
+    """Within jit: weights in the type of the computation, which is what a forward pass makes of them."""
+    return train_layout(jax.tree.map(lambda x: x.astype(dtype), variables))
 
 
 class Learner:
@@ -93,24 +123,25 @@ class Learner:
 
     @fits("weights")
     def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, longest_prompt: int):
-        self.shapes = plan_update(config, model.config, longest_prompt, mesh)
+        self.shapes = plan_update(config, model, longest_prompt, mesh)
         self._config, self._mesh = config, mesh
         self._graphdef = nnx.graphdef(model)
-        self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))  # float32 master weights
+        learns_all = config.lora.rank == 0
+        stored = jnp.float32 if learns_all else model.dtype  # what is learnt is summed up in float32
+        self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh, dtype=stored))
         self._base = NOTHING  # what is not learnt
-        if config.lora.rank:
+        self._cast = jax.jit(partial(computed_in, model.dtype)) if stored != model.dtype else None
+        if not learns_all:
             shapes = nnx.state(model, nnx.LoRAParam)
             init = jax.jit(lambda key: first_adapters(shapes, key), out_shardings=shardings(shapes, mesh))
             self._base, self._start = self._start, init(jax.random.key(config.seed))
         self._optimizer = make_optimizer(config.optimizer)
-        self._update = make_update(self._graphdef, config, self._optimizer)
+        self._update = make_update(self._graphdef, config, self._optimizer, self.shapes.remat)
         self._schedule = make_schedule(config.optimizer)
         self._frozen = None  # as much of the starting weights as is not in `_base`
         if config.needs_frozen:
-            on_host = config.reference == "host"
-            self._frozen = (
-                in_memory("pinned_host", self._start) if on_host else jax.tree.map(jnp.copy, self._start)
-            )
+            copied = self._cast(self._start) if self._cast else jax.tree.map(jnp.copy, self._start)
+            self._frozen = in_memory("pinned_host", copied) if config.reference == "host" else copied
 
     @property
     def frozen(self) -> Any:
@@ -119,7 +150,7 @@ class Learner:
         With LoRA the policy's own, beside adapters that add nothing. From host memory each access brings
         another copy, to be let go after use.
         """
-        return self.policy(in_memory("device", self._frozen))
+        return nnx.merge_state(in_memory("device", self._frozen), self._base)
 
     def fingerprint(self) -> str:
         """Of the weights that `model` names, for any change of a bit; to be called before `start`."""
@@ -133,11 +164,11 @@ class Learner:
         opt_state = jax.tree.map(
             lambda x: x if x.ndim else replicate(np.asarray(x), self._mesh), self._optimizer.init(params)
         )
-        return TrainState(params, opt_state)
+        return TrainState(params, self._moments_in("pinned_host", opt_state))
 
     def policy(self, params: Any) -> Any:
-        """All weights of the policy, from those that are learnt; nothing is copied."""
-        return nnx.merge_state(params, self._base)
+        """All weights of the policy in the type of the computation, from those that are learnt."""
+        return nnx.merge_state(self._cast(params) if self._cast else params, self._base)
 
     def learning_rate(self, step: int, skipped: int) -> float:
         """Of the last update of `step` (counted from 1), when so many were skipped since the start."""
@@ -160,12 +191,20 @@ class Learner:
 
     def programs(self, state: TrainState) -> list[Program]:
         """What updates, log-probabilities before them, and checkpoints run, given a state or its shapes."""
-        state, base = shapes_of(state), shapes_of(self._base)
+        state, base = jax.tree.map(_on_device, shapes_of(state)), shapes_of(self._base)
         minibatches = minibatch_shapes(self._config, self.shapes, self._mesh)
-        weights = nnx.merge_state(state.params, base)
-        scored = [weights] * self.scores
-        found = update_programs(self._graphdef, self._update, self._config, minibatches, state, base, scored)
+        weights = self.policy_shapes(state.params) if self.scores else None
+        found = update_programs(self._graphdef, self._update, self._config, minibatches, state, base, weights)
+        if self._cast:
+            found.append(Program("weights", f"in {self._config.dtype}", self._cast, (state.params,)))
         return [*found, Program("checksum", "of a checkpoint", fingerprint, (state,))]
+
+    def policy_shapes(self, params: Any) -> Any:
+        """Of what `policy` makes of such weights, or of their shapes."""
+        params = shapes_of(params)
+        if self._cast:
+            params = placed(jax.eval_shape(self._cast, params), shardings(params, self._mesh))
+        return nnx.merge_state(params, shapes_of(self._base))
 
     @property
     def scores(self) -> bool:
@@ -194,8 +233,17 @@ class Learner:
     ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
         """One AdamW update for each minibatch, in order; `state` is donated. The metrics of each."""
         learnt = []
+        state = TrainState(state.params, self._moments_in("device", state.opt_state))
         for part in minibatches:
             params, opt_state, numbers = self._update(*state, part, self._base)
             state = TrainState(params, opt_state)
             learnt.append(numbers)
-        return state, jax.device_get(learnt)
+        return TrainState(params, self._moments_in("pinned_host", opt_state)), jax.device_get(learnt)
+
+    def _moments_in(self, kind: str, opt_state: Any) -> Any:
+        """In that memory and no more in the other, where `optimizer.moments` is the host."""
+        if self._config.optimizer.moments == "device":
+            return opt_state
+        moved = jax.block_until_ready(in_memory(kind, opt_state))
+        jax.tree.map(lambda x: x.delete(), opt_state)
+        return moved

@@ -5,17 +5,24 @@ from contextlib import contextmanager
 
 from srrl_jax.programs import Compiled, DoesNotFit, fitting
 
-_ROLLOUT = "rollout.memory_gb, rollout.max_new_tokens or group_size, or set rollout.int8=weights_kv"
-_GRADE = "grading.memory_gb or grading.max_new_tokens, or set grading.int8=weights_kv"
+_ROLLOUT = (
+    "rollout.memory_gb, rollout.max_new_tokens or group_size, or set rollout.int8=weights_kv, "
+    "reference=host or optimizer.moments=host"
+)
+_GRADE = (
+    "grading.memory_gb or grading.max_new_tokens, or set grading.int8=weights_kv, reference=host or "
+    "optimizer.moments=host"
+)
 _UPDATE = "optimizer.microbatch, group_size or rollout.max_new_tokens, or set optimizer.remat=full"
+_LEARNT = "optimizer.first_moment=bfloat16 or lora.rank"
 # What helps, by what a program's name begins with or by the part of a run.
 _LOWER = {
     "rollout": _ROLLOUT,
     "grade": _GRADE,
     "eval": f"{_ROLLOUT}; {_GRADE}",
-    "update": f"{_UPDATE}, optimizer.first_moment=bfloat16 or lora.rank",
+    "update": f"{_UPDATE}, {_LEARNT}",
     "log-probabilities": f"{_UPDATE}, reference=host",
-    "weights": "what the weights and AdamW's moments take: set optimizer.first_moment=bfloat16 or lora.rank",
+    "weights": f"what the weights and AdamW's moments take: set {_LEARNT}",
 }
 _RUNS = {"eval": ("rollout/", "grade/"), "logprob": ("log-probabilities",)}
 

@@ -220,7 +220,7 @@ def load_tasks(config: TrainConfig, tokenizer: Tokenizer, rows: Sequence[Example
 def run_programs(config: TrainConfig, actor: Actor, learner: Learner, state: TrainState) -> list[Program]:
     """All large programs of a run, in the order of a step; `state` may be shapes."""
     grades = config.judge in ("policy", "frozen") or config.data.eval is not None
-    acting = actor.programs(learner.policy(state.params), grades, replaced=config.frozen_grades)
+    acting = actor.programs(learner.policy_shapes(state.params), grades, replaced=config.frozen_grades)
     found: dict[tuple, Program] = {}
     for program in [*acting, *learner.programs(state)]:  # both roles move weights by one program
         shapes, structure = jax.tree.flatten((program.args, program.static))

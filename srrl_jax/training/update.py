@@ -19,6 +19,7 @@ from srrl_jax.losses import (
     with_lessons,
 )
 from srrl_jax.models import branch_logprobs
+from srrl_jax.parallel import train_layout
 from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.config import OptimizerConfig, TrainConfig
 
@@ -56,19 +57,22 @@ def completion_logprobs(graphdef, params, batch: UpdateBatch, temperature) -> ja
     return jax.lax.scan(one, None, batch.tree)[1]
 
 
-def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransformation):
+def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransformation, remat: str):
     """The update as one jitted function (params, opt_state, batch, base) -> (params, opt_state, metrics).
 
     `batch` is an UpdateBatch with a leading axis of microbatches; parameters and optimizer state are
     donated. `base` are weights beside `params` that are not learnt (LoRA). Metrics are float32 scalars.
     Where the loss or the gradient is not finite nothing is changed, and `guard/skipped_updates` is 1.
+
+    Args:
+      remat: as in `Qwen3.extend`.
     """
     c, temperature = config.loss, config.rollout.sampling.temperature
 
     def microbatch_loss(params, base, batch: UpdateBatch, weights, share):
         model = nnx.merge(graphdef, params, base)
         logprobs, entropy, load = branch_logprobs(
-            model, batch.tree, temperature, remat=config.optimizer.remat, return_load=True
+            model, batch.tree, temperature, remat=remat, return_load=True
         )
         ratios = log_ratios(logprobs, batch.old_logprobs)
         if c.ratio == "sequence":
@@ -101,20 +105,23 @@ def make_update(graphdef, config: TrainConfig, optimizer: optax.GradientTransfor
         # Weights of the whole minibatch, so that its microbatches add up to one large batch.
         weights = token_weights(batch.mask, c.aggregate, config.rollout.max_new_tokens)
         share = token_weights(batch.mask)
-
-        gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
+        # Summed up where they lie, layer by layer: there is one array as large as the weights, not one for
+        # the prefixes, one for the branches, and their sum.
+        sums = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
 
         def accumulate(carry, microbatch):
-            (_, (means, gap)), grads = gradient(params, base, *microbatch)
+            _, backward, (means, gap) = jax.vjp(
+                lambda params: microbatch_loss(params, base, *microbatch), params, has_aux=True
+            )
+            backward.with_refs(sums)(jnp.float32(1))
             total, widest = carry
-            return (jax.tree.map(jnp.add, total, (grads, means)), jnp.maximum(widest, gap)), None
+            return (jax.tree.map(jnp.add, total, means), jnp.maximum(widest, gap)), None
 
         microbatches = (batch, weights, share)
-        (_, (means, _)), grads = jax.eval_shape(
-            gradient, params, base, *jax.tree.map(lambda x: x[0], microbatches)
-        )
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, means)), jnp.float32(0)
-        ((grads, means), gap), _ = jax.lax.scan(accumulate, start, microbatches)
+        _, start = jax.eval_shape(microbatch_loss, params, base, *jax.tree.map(lambda x: x[0], microbatches))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+        (means, gap), _ = jax.lax.scan(accumulate, start, microbatches)
+        grads = train_layout(jax.tree.map(jax.freeze, sums))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)

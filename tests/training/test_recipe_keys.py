@@ -127,9 +127,14 @@ def update(config: TrainConfig) -> str:
     one, (part, *_) = made(config)
     state, graphdef = one.start(), nnx.graphdef(learner.network(config))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    program = make_update(graphdef, config, make_optimizer(config.optimizer))
+    program = make_update(graphdef, config, make_optimizer(config.optimizer), one.shapes.remat)
     with computing(make_mesh(config.mesh), config.dtype, config.matmul_precision):
         return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(program)(*state, part)))
+
+
+def where(config: TrainConfig) -> Any:
+    """In which memory what is learnt lies between updates."""
+    return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(made(config)[0].start())]
 
 
 def optimized(config: TrainConfig) -> list[float]:
@@ -210,6 +215,7 @@ KEYS = {
     "optimizer.minibatches": Key("1", batches),
     "optimizer.microbatch": Key("2", batches),
     "optimizer.remat": Key("full", update),
+    "optimizer.moments": Key("host", where),
 }  # fmt: skip
 
 
