@@ -39,7 +39,7 @@ CHIPS = {
     "h100": Chip(989e12, 80 * 10**9, 3350e9, 900e9 / 2, 400e9 / 8),
     # NVIDIA's Ada architecture paper: dense bf16 summed in float32, 24 GB, GDDR6X; PCIe 4 x 16, one way.
     # Between nodes: 10 Gbit/s Ethernet, as such machines have it.
-    "rtx4090": Chip(165.2e12, 24 * 10**9, 1008e9, 32e9, 10e9 / 8),
+    "rtx4090": Chip(165e12, 24 * 10**9, 1008e9, 32e9, 10e9 / 8),
 }
 # Dense bfloat16 peaks by what JAX calls a device, FLOP/s. Not v4: some runtimes show its chips as devices,
 # some their cores. GPUs by NVIDIA's data sheets, products summed in float32.
