@@ -68,7 +68,7 @@ def fitting(what: str, mend: str = "") -> Iterator[None]:
             raise
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         has = f"; it has {limit / 1e9:.1f} GB" if limit else ""
-        raise DoesNotFit(what, f"{words.splitlines()[0][:300]}{has}", mend) from error
+        raise DoesNotFit(what, f"{words.splitlines()[0][:300].rstrip('.')}{has}", mend) from error
 
 
 def shapes_of(tree: Any) -> Any:
@@ -96,10 +96,12 @@ def placed(shapes: Any, places: Any) -> Any:
 def peak_bytes(memory: Any) -> int:
     """Most bytes of a device in use, of a compiled program's `memory_analysis`.
 
-    A CPU's compiler knows no peak: there it is all that it lays out.
+    A CPU's compiler knows no peak, or gives one without temporaries: there it is all that it lays out.
     """
-    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return int(memory.peak_memory_in_bytes or parts - memory.alias_size_in_bytes)
+    temporaries = memory.temp_size_in_bytes
+    parts = memory.argument_size_in_bytes + memory.output_size_in_bytes + temporaries
+    known = memory.peak_memory_in_bytes
+    return int(known if known > temporaries else parts - memory.alias_size_in_bytes)
 
 
 def compile_ahead(

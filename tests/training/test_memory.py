@@ -10,7 +10,7 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import Checkpoint
 from srrl_jax.parallel import make_mesh
-from srrl_jax.programs import Compiled, Program, compile_ahead
+from srrl_jax.programs import Compiled, Program, compile_ahead, peak_bytes
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.memory import fits
@@ -37,7 +37,7 @@ def test_a_program_that_does_not_compile_for_lack_of_memory_is_named(kind, keys)
     with pytest.raises(InputError) as error, fits("compile"):
         compile_ahead([program], make_mesh())
     message = str(error.value)
-    told = "does not fit the memory of a device (Out of memory while trying to allocate 51.00GiB."
+    told = "does not fit the memory of a device (Out of memory while trying to allocate 51.00GiB"
     assert message.startswith(f"{kind} 8 x 512: {told}")
     assert all(key in message for key in (*keys, "mesh")) and "\n" not in message
 
@@ -52,6 +52,19 @@ def test_the_largest_program_of_a_part_is_named(part, largest):
         with fits(part, [Compiled(name, 1.0, int(size)) for name, size in sizes.items()]):
             refuse()
     assert "group_size" in str(error.value)
+
+
+def test_a_device_that_refuses_is_told_of_with_what_helps():
+    """By this device, and for real."""
+    with pytest.raises(InputError, match=r"^update: .*memory allocating \d+ bytes\)\. Lower .*microbatch"):
+        with fits("update"):
+            jax.block_until_ready(jnp.zeros(2**50, jnp.uint8))
+
+
+def test_temporaries_are_of_what_a_program_takes():
+    many = jax.jit(lambda x: jnp.sort(jnp.outer(x, x).reshape(-1))[0])
+    memory = many.lower(jax.ShapeDtypeStruct((1000,), jnp.float32)).compile().memory_analysis()
+    assert peak_bytes(memory) >= 4 * 1000 * 1000
 
 
 def test_other_errors_stay_what_they_are():
