@@ -22,12 +22,12 @@ def main() -> None:
     import numpy as np
     from flax import nnx
 
-    from srrl_jax.models import Qwen3
+    from srrl_jax.checkpoints import load_model
     from srrl_jax.models.modules import project
     from srrl_jax.sampling import RowLengths, Sampler
     from srrl_jax.sampling.decoder import Decoder
 
-    model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
+    model = load_model(args.ckpt, dtype=args.dtype)
     branches = args.prompts * args.group
     decoder = Decoder(model)
     x = jax.random.normal(jax.random.key(0), (branches, model.config.hidden_size), model.dtype)

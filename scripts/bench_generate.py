@@ -23,10 +23,10 @@ def main() -> None:
     import numpy as np
     from flax import nnx
 
-    from srrl_jax.models import Qwen3
+    from srrl_jax.checkpoints import load_model
     from srrl_jax.sampling import RowLengths, Sampler
 
-    model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
+    model = load_model(args.ckpt, dtype=args.dtype)
     params, vocab, draw = nnx.state(model), model.config.vocab_size, np.random.default_rng(0)
     geometric = args.lengths == "geometric"
     prompts = args.prompts * (4 if geometric else 1)

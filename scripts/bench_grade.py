@@ -23,10 +23,10 @@ def main() -> None:
     import numpy as np
     from flax import nnx
 
-    from srrl_jax.models import Qwen3
+    from srrl_jax.checkpoints import load_model
     from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 
-    model = Qwen3.from_pretrained(args.ckpt, dtype=args.dtype)
+    model = load_model(args.ckpt, dtype=args.dtype)
     draw, vocab = np.random.default_rng(1), model.config.vocab_size
     prefixes = draw.integers(2, vocab, (args.conversations, args.prefix_len)).tolist()
     suffixes = draw.integers(2, vocab, (args.conversations, args.criteria, args.suffix_len)).tolist()

@@ -26,8 +26,8 @@ def main() -> None:
     import numpy as np
     from flax import nnx
 
+    from srrl_jax.checkpoints import load_model
     from srrl_jax.losses import group_advantages
-    from srrl_jax.models import Qwen3
     from srrl_jax.sampling import RowLengths, Sampler
     from srrl_jax.training import TrainConfig
     from srrl_jax.training.batch import pack_groups, split_batch
@@ -48,7 +48,7 @@ def main() -> None:
             "optimizer": {"microbatch": args.microbatch, "remat": args.remat},
         }
     )
-    model = Qwen3.from_pretrained(args.ckpt)
+    model = load_model(args.ckpt)
     model.dtype = jnp.dtype(args.dtype)
     vocab = model.config.vocab_size
     rows = [RowLengths(args.prompt_len, [0] * args.group)] * args.prompts

@@ -23,14 +23,15 @@ import numpy as np
 from benchlib import report
 from flax import nnx
 
-from srrl_jax.models import Qwen3, Qwen3Config, safetensors
-from srrl_jax.models.names import tensor_names
-from srrl_jax.models.saving import split
-from srrl_jax.models.weights import abstract
+from srrl_jax.checkpoints import load_model, safetensors
+from srrl_jax.checkpoints.loading import abstract
+from srrl_jax.checkpoints.names import tensor_names
+from srrl_jax.checkpoints.saving import split
+from srrl_jax.models.presets import preset
 
 
 def generate(folder: Path) -> None:
-    config = dataclasses.replace(Qwen3Config.preset("qwen3-1.7b"), tie_word_embeddings=False)
+    config = dataclasses.replace(preset("qwen3-1.7b"), tie_word_embeddings=False)
     shapes = {
         name: variable.shape[len(index) :]
         for path, variable in nnx.to_flat_state(nnx.state(abstract(config)))
@@ -55,7 +56,7 @@ def resident(field: str) -> int:
 def load(folder: Path, dtype: str) -> None:
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is up
     before, start = resident("VmRSS"), time.perf_counter()
-    model = Qwen3.from_pretrained(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype)
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     seconds, above = time.perf_counter() - start, resident("VmHWM") - before - sum(x.nbytes for x in arrays)
     largest = model.head.nbytes

@@ -19,18 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 from srrl_jax.actor import Actor
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, score_response
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.telemetry.report import write_report
 from srrl_jax.tinyworld import grader_pairs, oracle
 from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
 from srrl_jax.training.run import load_tasks
+from srrl_jax.viewer.report import write_report
 
 
 def oracle_curve(samples: list[dict], split: str) -> list[tuple[int, float]]:
@@ -60,7 +60,7 @@ def main() -> None:
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = Qwen3.from_pretrained(config.model, mesh=mesh)
+        model = load_model(config.model, mesh=mesh)
         tokenizer = load_tokenizer(config.model)
         lengths = load_tasks(config, tokenizer).lengths(config)
         actor = make_actor(model, tokenizer, config, mesh, lengths)

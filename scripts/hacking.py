@@ -17,8 +17,8 @@ from rich.table import Table
 
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.telemetry.report import write_report
 from srrl_jax.training import TrainConfig, train
+from srrl_jax.viewer.report import write_report
 
 HACKED = [
     "run_dir=runs/hacked",

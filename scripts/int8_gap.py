@@ -13,10 +13,10 @@ import numpy as np
 from benchlib import report
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.grading.gap import reply_gaps
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.sampling import RowLengths, Sampler
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
     args = parser.parse_args()
 
-    model, tokenizer = Qwen3.from_pretrained(args.ckpt), load_tokenizer(args.ckpt)
+    model, tokenizer = load_model(args.ckpt), load_tokenizer(args.ckpt)
     rendered = (tokenizer.render(list(row.prompt), thinking=False) for row in load_examples(args.rows))
     prompts = [ids for text in rendered if len(ids := tokenizer.encode(text)) <= args.longest][: args.prompts]
     sampler = Sampler(

@@ -24,9 +24,10 @@ import optax
 from flax import nnx
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from srrl_jax.checkpoints import load_model, save_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.grading import split_chat
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import criterion_prompt, grader_prompt, load_template
 from srrl_jax.tinyworld import draw_quality, facts_of, pretraining_tree, write_response
 from srrl_jax.tinyworld.harder import draw_harder_row, random_harder_criterion
@@ -131,14 +132,14 @@ def train_step(graphdef, optimizer, params, opt_state, batch):
 
 def spoil(size: float, out: Path) -> None:
     """The embedded model with noise in every matrix, of `size` deviations of its entries."""
-    model, rng = Qwen3.from_pretrained(CHECKPOINT), np.random.default_rng(0)
+    model, rng = load_model(CHECKPOINT), np.random.default_rng(0)
 
     def noisy(x: jax.Array) -> jax.Array:
         noise = size * float(x.std()) * rng.normal(size=x.shape)
         return x if x.ndim < 2 else x + jnp.asarray(noise, x.dtype)
 
     nnx.update(model, jax.tree.map(noisy, nnx.state(model)))
-    model.save_pretrained(out)
+    save_model(model, out)
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
         max_position_embeddings=512,
     )
     taught = args.harder or args.yes is not None
-    model = Qwen3.from_pretrained(CHECKPOINT) if taught else Qwen3(config, rngs=nnx.Rngs(0))
+    model = load_model(CHECKPOINT) if taught else Qwen3(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, 50, args.steps, 0.05 * args.learning_rate
@@ -199,9 +200,9 @@ def main() -> None:
                 progress.console.print(f"step {step}  {text}  {time.time() - start:.0f} s")
             if step % 250 == 249:
                 nnx.update(model, params)
-                model.save_pretrained(args.out)
+                save_model(model, args.out)
     nnx.update(model, params)
-    model.save_pretrained(args.out)
+    save_model(model, args.out)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.actor import encode_prompt
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.grading import Grader, GradingItem, Verdict
 from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT
@@ -40,7 +41,7 @@ LONGEST, REPLY = 256, 20  # tokens of a prompt, and of a reply as in configs/dem
 
 def larger() -> Qwen3:
     """The embedded model with layers behind its own that add nothing: all their weights are 0."""
-    small = Qwen3.from_pretrained(CHECKPOINT)
+    small = load_model(CHECKPOINT)
     model = Qwen3(dataclasses.replace(small.config, num_hidden_layers=LAYERS), rngs=nnx.Rngs(0))
 
     def padded(old: jax.Array, new: jax.Array) -> jax.Array:

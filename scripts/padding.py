@@ -15,11 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.grading import GradingItem
 from srrl_jax.grading.asking import Question
 from srrl_jax.models.presets import PRESETS
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
 from srrl_jax.sampling import RowLengths
 from srrl_jax.sampling.scheduler import Scheduler, batches, sort_rows

@@ -30,9 +30,9 @@ from flax import nnx
 from outside import examiner
 from teacher_share import write_lessons
 
+from srrl_jax.checkpoints import load_model
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem
-from srrl_jax.models import Qwen3
 from srrl_jax.parallel import make_mesh
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs
@@ -139,7 +139,7 @@ def exam(config: TrainConfig) -> tuple[tuple[str, ...], list, dict[str, list[boo
 
 @functools.cache
 def _examiner(*keys: str):
-    return examiner(Qwen3.from_pretrained(CHECKPOINT), *keys)
+    return examiner(load_model(CHECKPOINT), *keys)
 
 
 def accuracies(params, config: TrainConfig) -> dict[str, float]:
@@ -161,7 +161,7 @@ def base_accuracies(config: TrainConfig) -> dict[str, float]:
     """`accuracies` of a base, once."""
     if (key := (config.model, exam(config)[0])) not in _base_accuracies:
         with jax.set_mesh(make_mesh(config.mesh)):
-            _base_accuracies[key] = accuracies(nnx.state(Qwen3.from_pretrained(config.model)), config)
+            _base_accuracies[key] = accuracies(nnx.state(load_model(config.model)), config)
     return _base_accuracies[key]
 
 

@@ -20,11 +20,11 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import AnswerConfig, Checkpoint
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
@@ -73,7 +73,7 @@ def figures(config: TrainConfig) -> tuple[list[float], list[float]]:
     final = train(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = Qwen3.from_pretrained(config.model, mesh=mesh)
+        model = load_model(config.model, mesh=mesh)
         tokenizer = load_tokenizer(config.model)
         lengths = load_tasks(config, tokenizer).lengths(config)
         actor = make_actor(model, tokenizer, config, mesh, lengths)

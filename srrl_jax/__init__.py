@@ -3,26 +3,50 @@
     import srrl_jax
     srrl_jax.train(srrl_jax.TrainConfig.load("demo", ["run_dir=runs/demo"]))
 
-What is used most is here: `train` with `TrainConfig`, `Qwen3`, `Sampler`, `Grader`, and the pure functions of
-`losses`. Each loads when it is first named, and so do the rooms (`srrl_jax.models`, `.rubrics`, ...), so that
-`srrl_jax.rubrics` alone does not import JAX.
+What is used most is here: `train` with `TrainConfig`, `load_model`, `Qwen3`, `Sampler`, `Grader`, and the pure
+functions of `losses`. Each loads when it is first named, and so do the rooms (`srrl_jax.models`, `.rubrics`,
+...), so that `srrl_jax.rubrics` alone does not import JAX.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from srrl_jax import data, grading, losses, models, parallel, rubrics, sampling, telemetry, training
+    from srrl_jax import (
+        checkpoints,
+        data,
+        grading,
+        losses,
+        models,
+        parallel,
+        rubrics,
+        sampling,
+        telemetry,
+        training,
+    )
+    from srrl_jax.checkpoints import load_model
     from srrl_jax.grading import Grader
     from srrl_jax.models import Qwen3
     from srrl_jax.sampling import Sampler
     from srrl_jax.training import TrainConfig, train
 
-_ROOMS = ("data", "grading", "losses", "models", "parallel", "rubrics", "sampling", "telemetry", "training")
+_ROOMS = (
+    "checkpoints",
+    "data",
+    "grading",
+    "losses",
+    "models",
+    "parallel",
+    "rubrics",
+    "sampling",
+    "telemetry",
+    "training",
+)
 _HOMES = {
     "Grader": "grading",
     "Qwen3": "models",
     "Sampler": "sampling",
+    "load_model": "checkpoints",
     "TrainConfig": "training",
     "train": "training",
 }
@@ -31,8 +55,10 @@ __all__ = [
     "Qwen3",
     "Sampler",
     "TrainConfig",
+    "checkpoints",
     "data",
     "grading",
+    "load_model",
     "losses",
     "models",
     "parallel",

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.grading import Grader, WeightsJudge, opened_thought
-from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.programs import Program
 from srrl_jax.rubrics import Message, visible_response
 from srrl_jax.sampling import Completion, Sampler, Weights

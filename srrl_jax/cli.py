@@ -174,7 +174,7 @@ def _status(
 @app.command("report")
 def _report(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) -> None:
     """Write RUN_DIR/report.html from the logs of a run."""
-    from srrl_jax.telemetry.report import write_report
+    from srrl_jax.viewer.report import write_report
 
     print(f"report: {write_report(run_dir)}")
 
@@ -241,8 +241,8 @@ def _check(
     """Name every fault of every row and print a profile; exit code 1 when there is any fault."""
     from rich.console import Console
 
+    from srrl_jax.checkpoints.tokenizer import load_tokenizer
     from srrl_jax.data.check import check_rows, counts, profile, summary
-    from srrl_jax.models.tokenizer import load_tokenizer
 
     checked = check_rows(
         source,

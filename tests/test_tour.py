@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from srrl_jax import Grader, Qwen3, Sampler, losses
-from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.data.sources import NO_FIELDS, Row, read_example, read_rows
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example
 
 _FIGURES = {

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.actor import Actor, Answer, OnWave, encode_prompt, read_completion
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import (
     Grader,
@@ -23,8 +25,6 @@ from srrl_jax.grading import (
     TeacherConfig,
     Verdict,
 )
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import MeshConfig, computing, fingerprint, make_mesh, row_shards
 from srrl_jax.programs import fitting
 from srrl_jax.rubrics import Message, template_sha256
@@ -64,7 +64,7 @@ class Checkpoint:
       identity: hashes of its "weights", "tokenizer" and "chat template". That of the weights is of every bit
         in the type that they are computed in, not of their files or times: a copy is the same.
     Raises:
-      InputError: see `Qwen3.from_pretrained` and `make_mesh`.
+      InputError: see `load_model` and `make_mesh`.
     """
 
     def __init__(self, source: str, runtime: Runtime = Runtime()):
@@ -73,7 +73,7 @@ class Checkpoint:
         self.rows = -(-runtime.batch // cut) * cut
         self.tokenizer = load_tokenizer(source)
         with fitting(f"{source}: its weights", "Give --dtype bfloat16, or a --mesh over more devices"):
-            self.model = Qwen3.from_pretrained(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
+            self.model = load_model(source, mesh=self.mesh, dtype=jnp.dtype(runtime.dtype))
         self.weights = nnx.state(self.model)  # once prepared, both layouts
         texts = [hashlib.sha256(part).hexdigest() for part in self.tokenizer.made_of]
         self.identity = {"weights": f"{int(fingerprint(self.weights)):08x}"}

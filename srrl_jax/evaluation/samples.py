@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from srrl_jax.checkpoints.files import read_json
 from srrl_jax.errors import InputError
-from srrl_jax.models.files import read_json
 from srrl_jax.telemetry import read_jsonl
 
 

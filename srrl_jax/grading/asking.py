@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Criterion, Message, criteria_prompt, criterion_prompt, grader_prompt
 
 # What is forced where the verdict alone is asked for, up to true or false.

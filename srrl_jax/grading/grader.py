@@ -11,11 +11,11 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.grading.asking import GradingItem, Question, closing_ids
 from srrl_jax.grading.config import JudgeConfig
 from srrl_jax.grading.gap import reply_gaps
 from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
-from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.programs import Program
 from srrl_jax.sampling import RowLengths, Sampler
 

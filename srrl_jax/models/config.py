@@ -117,19 +117,6 @@ class Qwen3Config:
                 f"positive sliding_window, not {self.sliding_window}"
             )
 
-    @classmethod
-    def preset(cls, name: str) -> Self:
-        """The config of a published size, such as "qwen3-8b" (see `srrl_jax.models.presets`).
-
-        Raises:
-          InputError: no preset has that name.
-        """
-        from srrl_jax.models.presets import PRESETS
-
-        if name not in PRESETS:
-            raise InputError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
-        return PRESETS[name]
-
     @property
     def windows(self) -> np.ndarray | None:
         """int32 [layers], how many tokens a token sees in each layer; None where no layer slides."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srrl_jax.models.int8 import quantize
+from srrl_jax.kernels.int8 import quantize
 
 # XLA:CPU multiplies up to about this many rows a third faster as weight @ x.T than as x @ weight.T, and
 # would turn one into the other but for a barrier. Elsewhere so few rows wait for the weights anyway.

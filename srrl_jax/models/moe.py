@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax.kernels.ragged import ragged_product
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear
-from srrl_jax.models.ragged import ragged_product
 from srrl_jax.parallel import mesh_axes
 
 

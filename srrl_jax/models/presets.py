@@ -5,6 +5,7 @@ Base models were trained to 32,768 positions and say so; these are the post-trai
 
 import dataclasses
 
+from srrl_jax.errors import InputError
 from srrl_jax.models.config import MoEConfig, Qwen3Config
 
 
@@ -43,3 +44,14 @@ PRESETS = {
     "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 48, 32, expert=768),
     "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 94, 64, expert=1536),
 }
+
+
+def preset(name: str) -> Qwen3Config:
+    """The config of a published size, such as "qwen3-8b".
+
+    Raises:
+      InputError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} does not exist; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

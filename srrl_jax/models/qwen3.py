@@ -11,20 +11,20 @@ Every parameter names its logical axes where it is created (metadata `axes`); th
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import gpu_prefill
-from srrl_jax.models.attention import Segment, attend_causal, choose_kernel, near
+from srrl_jax.kernels import gpu_prefill
+from srrl_jax.kernels.attention import attend_causal, choose_kernel, near
+from srrl_jax.kernels.packed import Pack, attend_packed
+from srrl_jax.kernels.segment import Segment
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP, Linear, Scale, join, project
 from srrl_jax.models.moe import MoE
-from srrl_jax.models.packed import Pack, attend_packed
 from srrl_jax.models.rope import rope, rotate
 from srrl_jax.parallel import constrain
 
@@ -134,8 +134,8 @@ class Qwen3(nnx.Module):
     Attribute `attention` names the kernel: "auto", "xla", "splash" (TPU) or "cudnn" (GPU).
 
     >>> import jax
-    >>> from srrl_jax import Qwen3
-    >>> model = Qwen3.from_pretrained(checkpoint)  # a directory, or a hub id such as "Qwen/Qwen3-0.6B"
+    >>> from srrl_jax import Qwen3, load_model
+    >>> model = load_model(checkpoint)  # a directory, or a hub id such as "Qwen/Qwen3-0.6B"
     >>> logits = jax.jit(Qwen3.__call__)(model, jax.numpy.array([[5, 6, 7]]))
     >>> logits.shape == (1, 3, model.config.vocab_size)
     True
@@ -154,26 +154,6 @@ class Qwen3(nnx.Module):
         self.moe_layers = Layer(c, (sparse,), experts=True, rngs=rngs) if sparse else None
         self.norm = Scale((), c.hidden_size, "embed", c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else Linear((), vocab, axes, rngs=rngs)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, mesh=None, dtype=jnp.float32) -> Self:
-        """Loads a directory (safetensors also on gs://) or hub id that holds safetensors or GGUF weights.
-
-        See `srrl_jax.models.weights.load` for errors; `mesh` places the weights by the table of
-        `srrl_jax.parallel`, without one they go to the default device.
-        """
-        from srrl_jax.models import weights
-
-        return weights.load(source, mesh=mesh, dtype=dtype)
-
-    def save_pretrained(self, directory: str | Path, dtype=None, **options) -> None:
-        """Writes config.json and safetensors that `transformers` loads.
-
-        See `srrl_jax.models.saving.save` for `options`: tokenizer files, and the size of a file.
-        """
-        from srrl_jax.models import saving
-
-        saving.save(self, directory, dtype, **options)
 
     def __call__(self, tokens, positions=None, mask=None) -> jax.Array:
         """Logits of flat sequences.
@@ -252,7 +232,8 @@ class Qwen3(nnx.Module):
           Final hidden states after the last norm [G, T, hidden], or None; keys and values, each
           [layers, G, T, K, D].
         """
-        by_kernel = self.attention != "xla" and gpu_prefill.computes(self.config)
+        c = self.config
+        by_kernel = self.attention != "xla" and gpu_prefill.computes(c.head_dim, c.windows is not None)
 
         def look(q, k, v, keys_values, window):
             k, v = k[:, 0], v[:, 0]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srrl_jax.models.attention import Segment
+from srrl_jax.kernels.segment import Segment
 from srrl_jax.models.head import token_logprobs
 from srrl_jax.models.qwen3 import Qwen3
 

@@ -210,6 +210,12 @@ def _pinned(variables: Any, places: Any) -> Any:
     return jax.tree.map(pin, variables, places, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def platform() -> str:
+    """Where programs are compiled for: "cpu", "gpu" or "tpu", of the current mesh if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
     """Axes of the current mesh that cut a logical axis of this size; none without a mesh.
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
+from srrl_jax.checkpoints.loading import read_config
+from srrl_jax.kernels.attention import BLOCK
 from srrl_jax.models import Qwen3Config, counts
-from srrl_jax.models.attention import BLOCK
 from srrl_jax.models.counts import Tree, Work
 from srrl_jax.models.presets import PRESETS
-from srrl_jax.models.weights import read_config
 from srrl_jax.parallel import computing
 from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.programs import Compiled, Compiler, DoesNotFit, Setup

@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
-from srrl_jax.models.attention import platform
-from srrl_jax.parallel import make_mesh, shardings
+from srrl_jax.parallel import make_mesh, platform, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
 from srrl_jax.programs import Program, peak_bytes, placed
 from srrl_jax.sampling import Sampler

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srrl_jax.models.attention import NEVER, attend_part, merge_parts, platform
-from srrl_jax.models.int8 import Int8, quantize
+from srrl_jax.kernels import gpu_decode
+from srrl_jax.kernels.attention import NEVER, attend_part, merge_parts
+from srrl_jax.kernels.int8 import Int8, quantize
+from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.modules import MLP
 from srrl_jax.models.qwen3 import Qwen3, layer_runs, take_layers
 from srrl_jax.models.rope import rope
-from srrl_jax.parallel import constrain
-from srrl_jax.sampling import gpu_attention
+from srrl_jax.parallel import constrain, platform
 
 KEY_BLOCK = 512  # tokens of a cache that are met at a time where that saves reading the rest
 
@@ -91,6 +92,12 @@ def stacks_of(has_experts: Sequence[bool]) -> list[tuple[bool, slice, slice]]:
     ]
 
 
+def _by_kernels(c: Qwen3Config) -> bool:
+    """Whether attention is computed by the kernels of `gpu_decode`, unless caches are of 8 bits."""
+    group = c.num_attention_heads // c.num_key_value_heads
+    return gpu_decode.computes(c.head_dim, c.windows is not None, group)
+
+
 class Decoder(nnx.Module):
     """A Qwen3 in its compute type, with its layers as they are decoded: `nnx.state(Decoder(model))` is what
     decoding takes in place of `nnx.state(model)`.
@@ -99,7 +106,7 @@ class Decoder(nnx.Module):
       int8: keep the weights of attention and dense MLPs in 8 bits, with a scale for each output; the
         embedding, the head, norms, routers and experts are as they are without.
 
-    Where the kernels of `gpu_attention` compute, products of the same input are joined.
+    Where the kernels of `gpu_decode` compute, products of the same input are joined.
     """
 
     def __init__(self, model: Qwen3, int8: bool = False):
@@ -126,7 +133,7 @@ class Decoder(nnx.Module):
             part(model.moe_layers if experts else model.layers, of_kind)
             for experts, of_kind, _ in stacks_of(model.config.has_experts)
         )
-        for layer in self.stacks if gpu_attention.computes(self.config) else ():
+        for layer in self.stacks if _by_kernels(self.config) else ():
             layer.self_attn.join()
             if isinstance(layer.mlp, MLP):
                 layer.mlp.join()
@@ -154,8 +161,8 @@ class Decoder(nnx.Module):
         x = constrain(x.astype(self.dtype)[:, None, None], "batch", None, None, None)
         cos, sin = rope(branches.positions[:, None, None], c.head_dim, c.rope_theta, c.rope_scaling)
         start = shared.v[0].shape[-2] if shared.v else 0
-        by_kernel = not isinstance(branches.kv.k[0], Int8) and gpu_attention.computes(c)
-        places = gpu_attention.Places(
+        by_kernel = not isinstance(branches.kv.k[0], Int8) and _by_kernels(c)
+        places = gpu_decode.Places(
             cos[:, 0, 0],
             sin[:, 0, 0],
             prefixes.lengths,
@@ -214,8 +221,8 @@ class Decoder(nnx.Module):
             attention = layer.self_attn
             heads = attention.grouped_heads(layer.input_layernorm(x))[:, 0, 0]
             norms = (norm and norm.weight[...] for norm in (attention.q_norm, attention.k_norm))
-            new = gpu_attention.NewToken(heads, *norms)
-            y, own = gpu_attention.attend(new, tuple(own), prefix, trunk, places, eps=c.rms_norm_eps)
+            new = gpu_decode.NewToken(heads, *norms)
+            y, own = gpu_decode.attend(new, tuple(own), prefix, trunk, places, eps=c.rms_norm_eps)
             y = attention.o_proj(y.reshape(*x.shape[:3], -1))
             return layer.after_attention(x, y, alive[:, None, None])[0], KeysValues(*own)
 

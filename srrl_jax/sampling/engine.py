@@ -12,14 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models.attention import platform
+from srrl_jax.kernels.int8 import quantize
+from srrl_jax.kernels.packed import Pack, sequence
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.head import token_logprobs
-from srrl_jax.models.int8 import quantize
 from srrl_jax.models.modules import project
-from srrl_jax.models.packed import Pack, sequence
 from srrl_jax.models.qwen3 import Qwen3
-from srrl_jax.parallel import rollout_layout, row_shards
+from srrl_jax.parallel import platform, rollout_layout, row_shards
 from srrl_jax.parallel.mesh import mesh_axes
 from srrl_jax.sampling.decoder import (
     BranchCache,

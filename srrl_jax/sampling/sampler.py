@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, gpu_prefill
-from srrl_jax.models.packed import Pack
+from srrl_jax.kernels import gpu_prefill
+from srrl_jax.kernels.packed import Pack
+from srrl_jax.models import Qwen3
 from srrl_jax.parallel import (
     ROLLOUT_RULES,
     batch_sharding,
@@ -116,7 +117,7 @@ class Sampler:
             )
         self.mesh = mesh
         self.new_tokens, self.sampling, self.stop_ids = new_tokens, sampling, tuple(stop_ids)
-        whole = gpu_prefill.KEYS if gpu_prefill.computes(c) else 1
+        whole = gpu_prefill.KEYS if gpu_prefill.computes(c.head_dim, c.windows is not None) else 1
         self.allowed, self.shared = allowed or c.vocab_size, tuple(shared[: len(shared) // whole * whole])
         self.int8_weights = int8 != "none"
         self.shards = 1 if mesh is None else row_shards(mesh)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from srrl_jax.errors import InputError
+from srrl_jax.kernels.packed import block_size
 from srrl_jax.models import counts
-from srrl_jax.models.attention import platform
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.packed import block_size
+from srrl_jax.parallel import platform
 from srrl_jax.sampling.decoder import KEY_BLOCK
 
 # A run of a program reads all weights, whatever its size: on the chips at hand that is the time of about

@@ -1,7 +1,4 @@
-"""What a run leaves behind and shows while it lasts: logs, the live table, the HTML report.
-
-``srrl_jax.telemetry.report`` is imported on its own, because it pulls in the index of samples.
-"""
+"""What a run leaves behind and shows while it lasts: logs and the live table."""
 
 from srrl_jax.telemetry.live import LiveTable
 from srrl_jax.telemetry.run_log import RunLog, iter_jsonl, read_jsonl, read_metrics

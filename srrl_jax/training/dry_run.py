@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.parallel.chips import GIB
 from srrl_jax.programs import Compiled, compile_ahead

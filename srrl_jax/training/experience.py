@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 
 from srrl_jax.actor import Actor, OnWave, encode_prompt, read_completion
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, Judge, Verdict
 from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import Tokenizer
 from srrl_jax.rubrics import Example, parse_verdict, score_response
 from srrl_jax.sampling import Completion, RowLengths, Sampler
 from srrl_jax.training.config import TrainConfig

@@ -13,12 +13,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from srrl_jax import storage
+from srrl_jax.checkpoints import load_model, save_model
+from srrl_jax.checkpoints.loading import abstract, read_config
+from srrl_jax.checkpoints.saving import save_adapter
 from srrl_jax.errors import InputError
 from srrl_jax.locking import sole_writer
-from srrl_jax.models import Qwen3
 from srrl_jax.models.lora import add_adapters, merge_adapters
-from srrl_jax.models.saving import save_adapter
-from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.training.card import write_card
 from srrl_jax.training.checkpoint import Checkpoints
@@ -83,7 +83,7 @@ def export(
             add_adapters(model, **dataclasses.asdict(config.lora))
             learnt = nnx.LoRAParam
             if not adapter:
-                base = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh))
+                base = nnx.state(load_model(config.model, mesh=mesh))
         graphdef, params, rest = nnx.split(model, learnt, ...)
         like = jax.tree.map(
             lambda v: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings(v, mesh))),
@@ -97,7 +97,7 @@ def export(
         else:
             model = nnx.merge(graphdef, params, base)
             merge_adapters(model)
-            model.save_pretrained(out, dtype, tokenizer=config.model)
+            save_model(model, out, dtype, tokenizer=config.model)
         write_card(run_dir, out, config, step, adapter=adapter)
     if push is not None:
         with _hub(push, f"; {out} is written, so `hf upload {push} {out}` is enough"):

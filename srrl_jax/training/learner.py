@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.loading import abstract, read_config
 from srrl_jax.errors import InputError
+from srrl_jax.kernels.attention import check_kernel
 from srrl_jax.models import Qwen3, Qwen3Config
-from srrl_jax.models.attention import check_kernel
 from srrl_jax.models.lora import add_adapters, first_adapters
-from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import (
     batch_sharding,
     fingerprint,
@@ -128,7 +129,7 @@ class Learner:
         self._graphdef = nnx.graphdef(model)
         learns_all = config.lora.rank == 0
         stored = jnp.float32 if learns_all else model.dtype  # what is learnt is summed up in float32
-        self._start = nnx.state(Qwen3.from_pretrained(config.model, mesh=mesh, dtype=stored))
+        self._start = nnx.state(load_model(config.model, mesh=mesh, dtype=stored))
         self._base = NOTHING  # what is not learnt
         self._cast = jax.jit(partial(computed_in, model.dtype)) if stored != model.dtype else None
         if not learns_all:

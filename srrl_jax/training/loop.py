@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import draw_ids, epochs_done, step_rows
 from srrl_jax.grading import Judge
 from srrl_jax.locking import sole_writer
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Example
 from srrl_jax.sampling import Weights

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from srrl_jax import storage
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import epochs_done, step_rows
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Verdict
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example, score_response
 from srrl_jax.telemetry import iter_jsonl

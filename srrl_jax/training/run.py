@@ -14,12 +14,12 @@ from etils import epath
 
 from srrl_jax import storage
 from srrl_jax.actor import Actor
+from srrl_jax.checkpoints.loading import read_config
+from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.data import check_disjoint, load_examples, select, subtract
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader
 from srrl_jax.grading.teacher import DECIDES, TeacherConfig
-from srrl_jax.models.tokenizer import Tokenizer
-from srrl_jax.models.weights import read_config
 from srrl_jax.parallel import gather
 from srrl_jax.programs import Program
 from srrl_jax.rubrics import Example

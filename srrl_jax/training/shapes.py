@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from srrl_jax.errors import InputError
+from srrl_jax.kernels.attention import BLOCK
 from srrl_jax.models import Qwen3, Qwen3Config, counts
-from srrl_jax.models.attention import BLOCK, platform
-from srrl_jax.parallel import check_rows, row_shards
+from srrl_jax.parallel import check_rows, platform, row_shards
 from srrl_jax.sampling import RowLengths
 from srrl_jax.sampling.shapes import default_budget, round_up
 from srrl_jax.training.config import TrainConfig

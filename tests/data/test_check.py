@@ -3,10 +3,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.cli import app
 from srrl_jax.data.check import check_rows
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import load_tokenizer
 
 WORLD = "srrl_jax/tinyworld"
 

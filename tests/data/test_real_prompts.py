@@ -2,8 +2,8 @@
 
 import pytest
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
-from srrl_jax.models.tokenizer import load_tokenizer
 
 END, THINK = "<|im_end|>\n", "<think>\n\n</think>\n\n"
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.grading import Grader, GradingItem
 from srrl_jax.grading.asking import closing_ids
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
@@ -21,7 +21,7 @@ WORLD = Path(__file__).resolve().parents[2] / "srrl_jax" / "tinyworld"
 
 @pytest.fixture(scope="module")
 def model():
-    return Qwen3.from_pretrained(WORLD / "checkpoint")
+    return load_model(WORLD / "checkpoint")
 
 
 @pytest.fixture(scope="module")

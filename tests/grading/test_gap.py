@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.grading import Grader, GradingItem
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import load_template
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
@@ -22,7 +22,7 @@ TEMPERATURE = 5.0  # at which the tokens of this model are far from certain
 @pytest.mark.slow
 def test_a_gap_is_that_to_the_whole_sequence_without_8_bits(monkeypatch):
     """Of the first reply to each of as many responses as are prefilled together."""
-    model, tokenizer = Qwen3.from_pretrained(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
+    model, tokenizer = load_model(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
     rows, pairs = load_examples(WORLD / "hard.jsonl"), grader_pairs()[:3]
     items = [GradingItem(said, response, rows[i].rubrics) for i, (said, response, *_) in enumerate(pairs)]
     sampler = Sampler(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, opened_thought, split_chat
 from srrl_jax.grading.asking import SKELETON, Question
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, criterion_prompt, grader_prompt, load_template
 from srrl_jax.sampling import Completion, RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
@@ -261,7 +261,7 @@ PLANNED = [RowLengths(120, [16] * 8)] * 4
 @pytest.fixture(scope="module")
 def embedded():
     """A grader with the embedded checkpoint, and its weights."""
-    model, tokenizer = Qwen3.from_pretrained(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
+    model, tokenizer = load_model(WORLD / "checkpoint"), load_tokenizer(WORLD / "checkpoint")
     sampler = Sampler(
         model,
         PLANNED,
@@ -315,7 +315,7 @@ def test_greedy_verdicts_depend_on_neither_order_nor_company(embedded, answered)
     """Sampled ones may: their random keys are folded from the place in the batch."""
     grader, params = embedded
     sampler = Sampler(
-        Qwen3.from_pretrained(WORLD / "checkpoint"),
+        load_model(WORLD / "checkpoint"),
         PLANNED,
         new_tokens=20,
         stop_ids=grader.tokenizer.stop_ids,

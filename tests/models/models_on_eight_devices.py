@@ -13,9 +13,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models import Qwen3, Qwen3Config, kernels
+from srrl_jax.checkpoints import load_model, save_model
+from srrl_jax.kernels import fused
+from srrl_jax.kernels.attention import attend
+from srrl_jax.kernels.segment import Segment
+from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models import head as head_module
-from srrl_jax.models.attention import Segment, attend
 from srrl_jax.parallel import MeshConfig, make_mesh
 
 head_module._TOKENS, head_module._VOCAB = 16, 6
@@ -76,10 +79,10 @@ def loaded_experts() -> dict[str, list]:
     model = Qwen3(EXPERTS, rngs=nnx.Rngs(0))
     found = {}
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        save_model(model, directory)
         for sizes in ((1, 1, 1, 1, 8), (1, 1, 2, 2, 2), (1, 1, 8, 1, 1)):
             mesh = make_mesh(MeshConfig(*sizes))
-            loaded = Qwen3.from_pretrained(directory, mesh=mesh, dtype=jnp.bfloat16)
+            loaded = load_model(directory, mesh=mesh, dtype=jnp.bfloat16)
             pairs = zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(model)), strict=True)
             same = all(np.array_equal(x, y.astype(jnp.bfloat16)) for x, y in pairs)
             shard = loaded.moe_layers.mlp.experts.up_proj.weight[...].addressable_shards[0].data.shape
@@ -90,8 +93,8 @@ def loaded_experts() -> dict[str, list]:
 def main() -> None:
     report = {"experts": loaded_experts()}
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    splash = functools.partial(kernels.over_mesh, functools.partial(kernels.splash, interpret=True))
-    cudnn = functools.partial(kernels.over_mesh, functools.partial(kernels.cudnn, implementation="xla"))
+    splash = functools.partial(fused.over_mesh, functools.partial(fused.splash, interpret=True))
+    cudnn = functools.partial(fused.over_mesh, functools.partial(fused.cudnn, implementation="xla"))
     for name, kernel, rows, heads in (
         ("splash", splash, 4, 2),
         ("splash, whole rows", splash, 3, 2),

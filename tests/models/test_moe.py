@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints.names import tensor_names
+from srrl_jax.kernels.ragged import outer_products
 from srrl_jax.models import Qwen3Config
 from srrl_jax.models.moe import MoE, mix_experts
-from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import layer_runs
-from srrl_jax.models.ragged import outer_products
 
 TOKENS, K, EXPERTS, HIDDEN, INNER = 12, 2, 5, 8, 6
 

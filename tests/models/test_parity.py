@@ -15,8 +15,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srrl_jax.checkpoints.names import tensor_names
 from srrl_jax.models import Qwen3, Qwen3Config, moe
-from srrl_jax.models.names import tensor_names
 
 GOLDEN = Path(__file__).with_name("golden_parity.npz")
 BASE = {

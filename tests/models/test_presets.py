@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, Qwen3Config
-from srrl_jax.models.presets import PRESETS
+from srrl_jax.models import Qwen3
+from srrl_jax.models.presets import PRESETS, preset
 
 PARAMETERS = {  # transformers 5.23 on the meta device
     "qwen3-0.6b": 596_049_920,
@@ -28,7 +28,7 @@ def test_every_preset_is_counted():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name):
-    state = nnx.state(nnx.eval_shape(lambda: Qwen3(Qwen3Config.preset(name), rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: Qwen3(preset(name), rngs=nnx.Rngs(0))))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) == PARAMETERS[name]
 
 
@@ -43,4 +43,4 @@ def test_parameters_of_transformers(torch, name):
 
 def test_unknown_preset():
     with pytest.raises(InputError, match="'qwen3-9b' does not exist; use one of qwen3-0.6b"):
-        Qwen3Config.preset("qwen3-9b")
+        preset("qwen3-9b")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model, save_model
+from srrl_jax.kernels.segment import Segment
 from srrl_jax.models import Qwen3
-from srrl_jax.models.attention import Segment
 
 # Layers of experts between dense ones.
 EXPERTS = {
@@ -24,7 +25,7 @@ extend = jax.jit(Qwen3.extend, static_argnames="remat")
 def golden(request, shared_data):
     folder = shared_data / request.param
     with np.load(folder / "golden.npz") as arrays:
-        return Qwen3.from_pretrained(folder), dict(arrays)
+        return load_model(folder), dict(arrays)
 
 
 def token_logprobs(logits, tokens):
@@ -75,7 +76,7 @@ def test_golden_smollm2(smollm2, shared_data, relative_error):
     dequantization (config.json's torch_dtype), which is how they are loaded; on the unrounded
     weights both we and transformers are 4e-3 away.
     """
-    model = Qwen3.from_pretrained(smollm2)
+    model = load_model(smollm2)
     with np.load(shared_data / "smollm2-135m" / "golden.npz") as arrays:
         expected = dict(arrays)
     tokens, greedy = expected["input_ids"], expected["greedy"]
@@ -163,7 +164,7 @@ def test_saved_model_equals_transformers(torch, tiny, tmp_path, relative_error, 
     from transformers import AutoModelForCausalLM
 
     model = tiny(**{"model_type": model_type, **(EXPERTS if model_type == "qwen3_moe" else {}), **fields})
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
@@ -191,7 +192,7 @@ def test_loads_what_transformers_saves(torch, tmp_path, relative_error, model_ty
             parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    model = Qwen3.from_pretrained(tmp_path)
+    model = load_model(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 80, (2, 11))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
@@ -203,8 +204,8 @@ def test_smollm2_equals_transformers(torch, smollm2, tmp_path, shared_data, rela
     """The whole vocabulary's logits, where the golden file holds a few."""
     from transformers import AutoModelForCausalLM
 
-    model = Qwen3.from_pretrained(smollm2)
-    model.save_pretrained(tmp_path)
+    model = load_model(smollm2)
+    save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with np.load(shared_data / "smollm2-135m" / "golden.npz") as arrays:
         tokens = arrays["input_ids"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
+from srrl_jax.kernels.segment import Segment
 from srrl_jax.models import TreeBatch, branch_logprobs
-from srrl_jax.models.attention import Segment
 from srrl_jax.models.tree import extend_branches, extend_prefix
 
 SLIDING = {

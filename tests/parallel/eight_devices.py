@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.parallel import MeshConfig, make_mesh, place_batch, shardings
@@ -110,11 +111,11 @@ def groups(line: str) -> list[list[int]]:
 
 
 def main(folder: str) -> None:
-    alone = Qwen3.from_pretrained(folder)
+    alone = load_model(folder)
     mesh = make_mesh(MeshConfig(slice=2, fsdp=2, tensor=2))
     report = {"devices": jax.device_count(), "one": sample(alone, None)}
     with jax.set_mesh(mesh):
-        cut = Qwen3.from_pretrained(folder, mesh=mesh)
+        cut = load_model(folder, mesh=mesh)
         report["mesh"] = sample(cut, mesh)
         programs = make(cut, mesh).programs(nnx.state(cut))
         texts = {program.kind: program.lower().compile().as_text() for program in programs}

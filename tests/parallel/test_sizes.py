@@ -6,6 +6,7 @@ from jax.sharding import AbstractMesh
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.models.presets import preset
 from srrl_jax.parallel import check_rows, left_whole
 
 AXES = ("slice", "data", "fsdp", "tensor", "expert")
@@ -19,12 +20,12 @@ def notes(config: Qwen3Config, *sizes: int) -> list[str]:
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 3, 4, 2, 1), (1, 1, 8, 8, 1)])
 def test_nothing_is_said_where_all_is_cut(sizes):
     """The sizes of slice and data cut no weight."""
-    assert notes(Qwen3Config.preset("qwen3-1.7b"), *sizes) == []
+    assert notes(preset("qwen3-1.7b"), *sizes) == []
 
 
 def test_key_value_heads_that_stay_whole():
     """Their projections are cut: 8 heads of 128."""
-    assert notes(Qwen3Config.preset("qwen3-1.7b"), 1, 1, 1, 16, 1) == [
+    assert notes(preset("qwen3-1.7b"), 1, 1, 1, 16, 1) == [
         "mesh.tensor (16) does not divide the 8 K/V heads: each device of that axis keeps all keys and "
         "values; 2, 4 or 8 would cut them"
     ]

@@ -240,7 +240,7 @@ def test_nothing_is_scattered_over_one_device(planned, v6e, make_setup, sizes):
 
 @pytest.mark.slow
 def test_gradients_of_experts_take_no_more_work_for_more_experts(v6e):
-    """XLA's own gradient by the matrices multiplies every row for every expert (`models/ragged.py`)."""
+    """XLA's own gradient by the matrices multiplies every row for every expert (`kernels/ragged.py`)."""
     rows, hidden, inner, experts = 4096, 256, 512, 16
     place = jax.sharding.SingleDeviceSharding(v6e.devices()[0])
 

@@ -9,8 +9,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srrl_jax.models import gpu_prefill
-from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig, engine, gpu_attention
+from srrl_jax.kernels import gpu_decode, gpu_prefill
+from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig, engine
 
 TREES = st.lists(
     st.tuples(st.integers(1, 12), st.lists(st.integers(0, 6), min_size=1, max_size=3)), min_size=1, max_size=5
@@ -28,7 +28,7 @@ def network(request, model):
             yield model
         else:
             patch.setattr(gpu_prefill, "computes", lambda config: True)
-            for module in (gpu_attention, gpu_prefill):
+            for module in (gpu_decode, gpu_prefill):
                 patch.setattr(module, "KEYS", 8)
             patch.setattr(gpu_prefill, "QUERIES", 16)
             patch.setattr(engine, "_copy_rows", engine._scatter_tokens)

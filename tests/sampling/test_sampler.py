@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, TreeBatch, branch_logprobs
+from srrl_jax.models import TreeBatch, branch_logprobs
 from srrl_jax.parallel import make_mesh, shardings
 from srrl_jax.programs import compile_ahead
 from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
@@ -69,7 +70,7 @@ def test_golden_greedy(shared_data, name):
     """transformers' greedy tokens, as a rollout and with the prompt's end given as branches."""
     with np.load(shared_data / name / "golden.npz") as arrays:
         prompts, expected = arrays["input_ids"], arrays["greedy"][:, arrays["input_ids"].shape[1] :]
-    model = Qwen3.from_pretrained(shared_data / name)
+    model = load_model(shared_data / name)
 
     def completions(table, prefixes, branches):
         run = Sampler(model, table, new_tokens=expected.shape[1], stop_ids=(), sampling=GREEDY)

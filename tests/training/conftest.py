@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model, save_model
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, train
@@ -110,11 +111,11 @@ def places(asked_to_think, tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("files")
     (directory / "template.txt").write_text("hello .\n\n{conversation}\n\nwhat of {criterion}")
     # The embedded network with other weights: the same shapes, so nothing compiles anew.
-    model = Qwen3.from_pretrained(WORLD / "checkpoint")
+    model = load_model(WORLD / "checkpoint")
     model.norm.weight[...] = 0.5 * model.norm.weight[...]
     for file in asked_to_think.iterdir():
         (directory / file.name).write_bytes((WORLD / "checkpoint" / file.name).read_bytes())
-    model.save_pretrained(directory)
+    save_model(model, directory)
     rest = (WORLD / "easy.jsonl").read_text().splitlines(keepends=True)[:9]
     (directory / "rest.jsonl").write_text("".join(rest))
     asked = [json.dumps(json.loads(line) | {"question": "hello ."}) + "\n" for line in rest]

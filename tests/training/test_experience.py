@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from srrl_jax.actor import Actor
+from srrl_jax.checkpoints.loading import abstract, read_config
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.grading import Verdict, WeightsJudge
-from srrl_jax.models.tokenizer import load_tokenizer
-from srrl_jax.models.weights import abstract, read_config
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion, RowLengths, Weights

@@ -15,9 +15,9 @@ from flax import nnx
 from huggingface_hub import constants
 
 from srrl_jax import cli
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.telemetry import RunLog
 from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.export import export, exported
@@ -31,7 +31,7 @@ def run(recipe, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
     config = recipe(run_dir, "checkpoint.keep=5")
     write_config(config, {"rows": "their hash"})
-    start, optimizer = nnx.state(Qwen3.from_pretrained(config.model)), make_optimizer(config.optimizer)
+    start, optimizer = nnx.state(load_model(config.model)), make_optimizer(config.optimizer)
     params = {step: jax.tree.map(lambda x, step=step: x * (1 + step / 10), start) for step in (2, 4)}
     with Checkpoints(run_dir, config.checkpoint) as checkpoints:
         for step, weights in params.items():
@@ -45,7 +45,7 @@ def run(recipe, tmp_path_factory):
 
 
 def assert_holds(out, params):
-    leaves = jax.tree.leaves(nnx.state(Qwen3.from_pretrained(out)))
+    leaves = jax.tree.leaves(nnx.state(load_model(out)))
     for left, right in zip(leaves, jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(left, right)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from srrl_jax.models import Qwen3
+from srrl_jax.checkpoints import load_model
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import Completion
 from srrl_jax.training import train
@@ -33,7 +33,7 @@ def test_what_is_not_learnt_lies_in_the_type_of_the_computation(recipe, rank):
         group = [Completion(np.arange(3, 9, dtype=np.int32), np.zeros(6, np.float32), False)] * 2
         batch = pack_groups([[5, 6, 7]], [group], np.ones((1, 2), bool), learner.shapes)
         (part,) = split_batch(batch, 1, 1)
-        whole = nnx.state(Qwen3.from_pretrained(config.model))
+        whole = nnx.state(load_model(config.model))
         whole = nnx.merge_state(whole, learnt) if rank else whole
         expected = completion_logprobs(nnx.graphdef(network(config)), whole, part, 1.0)
         for weights in (frozen, policy):

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader
 from srrl_jax.grading.asking import GradingItem
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.rubrics import Criterion, parse_verdict
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import load_model
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.models.lora import add_adapters
@@ -48,7 +49,7 @@ def learner(run):
 
 def test_at_first_the_policy_is_the_base(run, learner):
     config, _ = run
-    base = Qwen3.from_pretrained(config.model)
+    base = load_model(config.model)
     policy = nnx.merge(nnx.graphdef(network(config)), learner.frozen)
     np.testing.assert_array_equal(logprobs(policy), logprobs(base))
 
@@ -85,7 +86,7 @@ def test_sampler_and_trainer_agree_and_the_policy_leaves_the_reference(run, logs
 def test_an_export_is_merged(run, learner, tmp_path):
     config, end = run
     export(config.run_dir, tmp_path / "out")
-    merged, base = Qwen3.from_pretrained(tmp_path / "out"), Qwen3.from_pretrained(config.model)
+    merged, base = load_model(tmp_path / "out"), load_model(config.model)
     policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
     np.testing.assert_allclose(logprobs(merged), logprobs(policy), rtol=0, atol=1e-5)
     assert np.abs(logprobs(merged) - logprobs(base)).max() > 1e-3

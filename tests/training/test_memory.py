@@ -103,6 +103,6 @@ def test_steps_that_were_done_are_saved_where_their_state_is_there(
 
 
 def test_commands_name_their_own_options(monkeypatch):
-    monkeypatch.setattr("srrl_jax.models.Qwen3.from_pretrained", refuse)
+    monkeypatch.setattr("srrl_jax.evaluation.judge.load_model", refuse)
     with pytest.raises(InputError, match="weights: does not fit .*51.00GiB.* --dtype bfloat16"):
         Checkpoint("srrl_jax/tinyworld/checkpoint")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import save_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.models import Qwen3, Qwen3Config
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
@@ -35,7 +36,7 @@ def checkpoint(shared_data, tmp_path_factory):
         head_dim=8,
         max_position_embeddings=40960,
     )
-    Qwen3(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    save_model(Qwen3(config, rngs=nnx.Rngs(0)), folder)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"eos_token_id": 151645}))
     return folder

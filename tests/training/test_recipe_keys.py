@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion

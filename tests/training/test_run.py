@@ -9,8 +9,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import load_tokenizer
 from srrl_jax.parallel import make_mesh
 from srrl_jax.training import train
 from srrl_jax.training.learner import Learner, network

@@ -16,11 +16,11 @@ import uvicorn
 from srrl_jax.errors import InputError
 from srrl_jax.evaluation.labels import load_labels
 from srrl_jax.telemetry import RunLog, read_jsonl
-from srrl_jax.telemetry.report import write_report
 from srrl_jax.viewer import server
 from srrl_jax.viewer.export import export
 from srrl_jax.viewer.index import Index, criterion_key
 from srrl_jax.viewer.queries import QUERIES
+from srrl_jax.viewer.report import write_report
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\ud83d ]]>"
 CRITERIA = (

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models.attention import Segment
+from srrl_jax.kernels.segment import Segment
 from srrl_jax.parallel import mesh_axes
 
 _LANES = 128  # splash: lengths are multiples of it

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models import gpu_prefill
-from srrl_jax.models.attention import NEVER, attend_part, merge_parts, near, platform
-from srrl_jax.parallel import mesh_axes
+from srrl_jax.kernels import gpu_prefill
+from srrl_jax.kernels.attention import NEVER, attend_part, merge_parts, near
+from srrl_jax.parallel import mesh_axes, platform
 
 _BLOCKS = {"cpu": 64, "gpu": gpu_prefill.QUERIES, "tpu": 512}  # smaller ones were no faster on a CPU
 

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 from huggingface_hub import constants
 
-from srrl_jax.models import Qwen3
-from srrl_jax.models.tokenizer import load_tokenizer
+from srrl_jax.checkpoints import load_model
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax/tinyworld/checkpoint"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,12 +76,12 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_fetched_once_with_a_progress_bar(hub, capsys):
-    model, expected = Qwen3.from_pretrained("owner/name"), Qwen3.from_pretrained(WORLD)
+    model, expected = load_model("owner/name"), load_model(WORLD)
     assert re.search(r"100%.*B", capsys.readouterr().err)
     for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, expected)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert load_tokenizer("owner/name").encode("hello") == load_tokenizer(WORLD).encode("hello")
     assert "model.safetensors" in hub and not any(name.endswith(".bin") for name in hub)
     before = len(hub)
-    Qwen3.from_pretrained("owner/name")
+    load_model("owner/name")
     assert len(hub) == before == len(set(hub))

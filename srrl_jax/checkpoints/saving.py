@@ -16,18 +16,18 @@ from flax import nnx
 from jax.experimental.multihost_utils import process_allgather
 
 from srrl_jax import storage
-from srrl_jax.models import safetensors
-from srrl_jax.models.files import checkpoint_directory, read_json
-from srrl_jax.models.names import tensor_names
+from srrl_jax.checkpoints import safetensors
+from srrl_jax.checkpoints.files import checkpoint_directory, read_json
+from srrl_jax.checkpoints.names import tensor_names
+from srrl_jax.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
 from srrl_jax.models.qwen3 import Qwen3
-from srrl_jax.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 _PEFT = {"down": "lora_A", "up": "lora_B"}  # what `peft` calls the two matrices of an adapter
 # Fields of a config.json that the network does not read and that generation needs.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def save(
+def save_model(
     model: Qwen3,
     directory: str | Path,
     dtype: Any = None,

@@ -13,9 +13,9 @@ import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
+from srrl_jax.checkpoints.files import Box, Tensor
 from srrl_jax.errors import InputError
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.files import Box, Tensor
 from srrl_jax.models.rope import RopeScaling, frequencies
 
 # model_type of transformers by architecture.

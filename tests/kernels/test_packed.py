@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srrl_jax.models import gpu_prefill, packed
-from srrl_jax.models.packed import Pack, attend_packed
+from srrl_jax.kernels import gpu_prefill, packed
+from srrl_jax.kernels.packed import Pack, attend_packed
 
 G, T, K, H, D, SHARED = 2, 48, 2, 4, 8, 16
 # Of each sequence the rows: the tokens of the prefix, and of what each branch is given.

@@ -10,7 +10,7 @@ import sys
 import jax
 from flax import nnx
 
-from srrl_jax.models import Qwen3, safetensors
+from srrl_jax.checkpoints import load_model, safetensors, save_model
 from srrl_jax.parallel import make_mesh, shardings
 
 
@@ -34,10 +34,10 @@ def main(process: str, processes: str, port: str, source: str, out: str) -> None
 
     safetensors.read = counted
     with jax.set_mesh(mesh):
-        model = Qwen3.from_pretrained(source, mesh=mesh)
+        model = load_model(source, mesh=mesh)
         for _, variable in nnx.to_flat_state(nnx.state(model)):
             assert variable[...].sharding.is_equivalent_to(shardings(variable, mesh), variable.ndim)
-        model.save_pretrained(out, tokenizer=source, max_shard_size=50_000)
+        save_model(model, out, tokenizer=source, max_shard_size=50_000)
     print(sum(taken))
 
 

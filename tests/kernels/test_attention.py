@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srrl_jax.models import attention
-from srrl_jax.models.attention import Segment, attend, attend_causal
+from srrl_jax.kernels import attention
+from srrl_jax.kernels.attention import attend, attend_causal
+from srrl_jax.kernels.segment import Segment
 
 
 def inputs(tokens, context, own_row_masks, seed=0):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from srrl_jax.checkpoints import safetensors as ours
 from srrl_jax.errors import InputError
-from srrl_jax.models import safetensors as ours
 
 VALUES = np.random.default_rng(0).standard_normal((7, 5), np.float32)
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

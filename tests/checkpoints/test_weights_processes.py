@@ -10,6 +10,8 @@ import jax
 import pytest
 from flax import nnx
 
+from srrl_jax.checkpoints import save_model
+
 WORLD = Path(__file__).resolve().parents[2] / "srrl_jax/tinyworld/checkpoint"
 
 
@@ -19,8 +21,8 @@ def test_each_process_reads_its_own_and_saves_what_one_device_saves(tiny, tmp_pa
     """Eight devices, fsdp 8: with eight processes each reads an eighth."""
     source, out = tmp_path / "source", tmp_path / "out"
     model = tiny(hidden_size=64, tie_word_embeddings=True)
-    model.save_pretrained(source, tokenizer=WORLD)
-    model.save_pretrained(tmp_path / "alone", tokenizer=WORLD, max_shard_size=50_000)
+    save_model(model, source, tokenizer=WORLD)
+    save_model(model, tmp_path / "alone", tokenizer=WORLD, max_shard_size=50_000)
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

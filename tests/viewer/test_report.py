@@ -8,7 +8,7 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import RunLog
-from srrl_jax.telemetry.report import MAX_FOLDED, write_report
+from srrl_jax.viewer.report import MAX_FOLDED, write_report
 
 METRICS = {
     "reward/mean": 0.4,

@@ -13,8 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, attention, branch_logprobs, kernels
-from srrl_jax.models.attention import Segment, attend, check_kernel, choose_kernel, near
+from srrl_jax.kernels import attention, fused
+from srrl_jax.kernels.attention import attend, check_kernel, choose_kernel, near
+from srrl_jax.kernels.segment import Segment
+from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.parallel import MeshConfig, make_mesh, shardings
 
 N, K, G, D = 2, 2, 2, 16
@@ -79,7 +81,7 @@ def test_splash_equals_xla(shape):
     q, (*context, own), real = tree(*shape)
     expected = everything(attend, q, [*context, own], real)
     told = [*context, own._replace(mask=real[:, :, None])]  # the order it knows
-    actual = everything(functools.partial(kernels.splash, interpret=True), q, told, real)
+    actual = everything(functools.partial(fused.splash, interpret=True), q, told, real)
     assert_same(actual, expected, 5e-6)
 
 
@@ -88,7 +90,7 @@ def test_the_call_of_cudnn_equals_xla(window):
     """Computed by XLA: there is no GPU here."""
     for shape in TREES:
         args = tree(*shape, window)
-        call = functools.partial(kernels.cudnn, implementation="xla")
+        call = functools.partial(fused.cudnn, implementation="xla")
         assert_same(everything(call, *args), everything(attend, *args), 5e-6)
 
 
@@ -104,21 +106,21 @@ def by_lengths(q, segments, real):
 def test_cudnn_by_lengths_equals_xla(branches):
     """As a branch that is met alone is; beyond its length cuDNN leaves what it finds, also of gradients."""
     q, segments, real = tree(branches, 40, [])
-    call = functools.partial(kernels.cudnn, implementation="xla")
+    call = functools.partial(fused.cudnn, implementation="xla")
     found = everything(call, *by_lengths(q, segments, real), real)
     assert_same(found, everything(attend, q, segments, real), 5e-6)
 
 
 def test_splash_skips_what_no_query_sees():
     """Of 4 branches, each sees its prefix and itself: 4 + 4 of 4 x 5 blocks."""
-    mask = kernels.TreeMask(4, 128, [(1, 128)])
+    mask = fused.TreeMask(4, 128, [(1, 128)])
     blocks = mask[:, :].reshape(4, 128, 5, 128).any((1, 3))
     assert blocks.sum() == 8
 
 
 @pytest.mark.slow
 def test_the_network_with_splash_equals_the_network_with_xla(tiny, monkeypatch):
-    monkeypatch.setitem(kernels.KERNELS, "splash", functools.partial(kernels.splash, interpret=True))
+    monkeypatch.setitem(fused.KERNELS, "splash", functools.partial(fused.splash, interpret=True))
     batch = TreeBatch(
         jnp.arange(18).reshape(2, 9) + 3, jnp.array([7, 9]),
         jnp.arange(42).reshape(2, 3, 7) + 5, jnp.array([[5, 0, 3], [2, 7, 1]]),

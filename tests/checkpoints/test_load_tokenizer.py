@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "What helps against a cold?"}]
 TEMPLATE = (

@@ -16,11 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec as P
 
-from srrl_jax.models import gpu_prefill
-from srrl_jax.models.attention import platform
-from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.gpu_prefill import KEYS  # that a program meets at a time; divides the size of a cache
-from srrl_jax.parallel import mesh_axes
+from srrl_jax.kernels import gpu_prefill
+from srrl_jax.kernels.gpu_prefill import KEYS  # that a program meets at a time; divides the size of a cache
+from srrl_jax.parallel import mesh_axes, platform
 
 _ROWS = 16, 64  # fewest and most queries of a product
 _PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, prefixes are split,
@@ -56,11 +54,10 @@ class Places(NamedTuple):
     column: jax.Array
 
 
-def computes(config: Qwen3Config) -> bool:
-    """Whether decoding runs on a GPU, and the kernels know this network's attention: that of `gpu_prefill`,
-    with a power of two of queries for each key."""
-    group = config.num_attention_heads // config.num_key_value_heads
-    return gpu_prefill.computes(config) and group & (group - 1) == 0
+def computes(head_dim: int, slides: bool, group: int) -> bool:
+    """Whether decoding runs on a GPU, and the kernels know this attention: that of `gpu_prefill`, with a
+    power of two of queries for each key, `group`."""
+    return gpu_prefill.computes(head_dim, slides) and group & (group - 1) == 0
 
 
 def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from srrl_jax.checkpoints import gguf as ours
+from srrl_jax.checkpoints import load_model, save_model
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, rope
-from srrl_jax.models import gguf as ours
 
 ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
@@ -67,7 +68,7 @@ def write(tmp_path):
 
     def write(model: Qwen3, quantization=None, metadata=(), extra=(), name="model.gguf"):
         c = model.config
-        model.save_pretrained(tmp_path / "hf")
+        save_model(model, tmp_path / "hf")
         folder = tmp_path / "gguf"
         folder.mkdir(exist_ok=True)
         writer = gguf.GGUFWriter(folder / name, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[c.model_type]])
@@ -116,7 +117,7 @@ def test_a_file_in_an_object_store_is_loaded_like_one_on_a_disk(tiny, write, buc
     folder = write(tiny())
     for file in folder.iterdir():
         (bucket / file.name).write_bytes(file.read_bytes())
-    here, there = Qwen3.from_pretrained(folder), Qwen3.from_pretrained(str(bucket))
+    here, there = load_model(folder), load_model(str(bucket))
     assert there.config == here.config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(here), nnx.state(there))
 
@@ -130,7 +131,7 @@ def weights(model):
 def test_unquantized_is_bit_identical(tiny, write, model_type, tied):
     fields = dict(tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_theta=5e5)
     model = tiny(model_type, **fields, **fields_of(model_type))
-    loaded = Qwen3.from_pretrained(write(model))
+    loaded = load_model(write(model))
     assert loaded.config == model.config
     expected, actual = weights(model), weights(loaded)
     assert expected.keys() == actual.keys()
@@ -142,7 +143,7 @@ def test_llama_bias_rows_are_unpermuted_too(tiny, write):
     model = tiny("llama")
     fields = {**model.config.to_hf(), "attention_bias": True}
     model = tiny(**fields)
-    loaded = weights(Qwen3.from_pretrained(write(model)))
+    loaded = weights(load_model(write(model)))
     for path, values in weights(model).items():
         np.testing.assert_array_equal(loaded[path], values, err_msg=str(path))
 
@@ -151,7 +152,7 @@ def test_llama_bias_rows_are_unpermuted_too(tiny, write):
 def test_quantized_is_close(tiny, write, model_type):
     """Q8_0 keeps 8 bits of the largest of each 32 values: within 1/254 of it, and float16 scales."""
     model = tiny(model_type, hidden_size=64, intermediate_size=96, **fields_of(model_type))
-    loaded = weights(Qwen3.from_pretrained(write(model, gguf.GGMLQuantizationType.Q8_0)))
+    loaded = weights(load_model(write(model, gguf.GGMLQuantizationType.Q8_0)))
     changed = False
     for path, values in weights(model).items():
         error = np.abs(loaded[path] - values).max()
@@ -164,11 +165,11 @@ def test_config_json_comes_first(tiny, write):
     model = tiny("llama")
     folder = write(model)
     (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
-    assert Qwen3.from_pretrained(folder).config == model.config
+    assert load_model(folder).config == model.config
     text = (folder / "config.json").read_text().replace('"llama"', '"qwen2"')
     (folder / "config.json").write_text(text)
     with pytest.raises(InputError, match="'llama', but config.json has model_type 'qwen2'"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -185,12 +186,12 @@ def test_config_json_comes_first(tiny, write):
 )
 def test_refuses_what_it_does_not_compute(tiny, write, metadata, extra, message):
     with pytest.raises(InputError, match=message):
-        Qwen3.from_pretrained(write(tiny("llama"), metadata=metadata, extra=extra))
+        load_model(write(tiny("llama"), metadata=metadata, extra=extra))
 
 
 def test_plain_rope_metadata_is_accepted(tiny, write):
     metadata = {"llama.rope.scaling.type": "none", "llama.rope.dimension_count": 16}
-    Qwen3.from_pretrained(write(tiny("llama"), metadata=metadata))
+    load_model(write(tiny("llama"), metadata=metadata))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_plain_rope_metadata_is_accepted(tiny, write):
 def test_rope_scaling(tiny, write, metadata, parameters):
     model = tiny("qwen3", rope_parameters={**parameters, "rope_theta": 5e5})
     folder = write(model, metadata={f"qwen3.rope.scaling.{key}": value for key, value in metadata.items()})
-    assert Qwen3.from_pretrained(folder).config == model.config
+    assert load_model(folder).config == model.config
 
 
 def llama3_factors(head_dim, theta, factor, length, low=1.0, high=4.0):
@@ -239,13 +240,13 @@ def test_llama_3s_factors_are_read_back_as_its_rope_type(tiny, write, factor, le
     model = tiny("llama", rope_parameters=parameters, head_dim=head_dim)
     factors = llama3_factors(head_dim, theta, factor, length)
     folder = write(model, extra={"rope_freqs.weight": factors})
-    found = Qwen3.from_pretrained(folder).config
+    found = load_model(folder).config
     if head_dim >= 16:
         assert found == model.config
     frequencies = [rope.frequencies(head_dim, theta, c.rope_scaling) for c in (found, model.config)]
     np.testing.assert_allclose(*frequencies, rtol=1e-6)
     (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
-    assert Qwen3.from_pretrained(folder).config == model.config
+    assert load_model(folder).config == model.config
 
 
 def test_other_factors_are_refused(tiny, write):
@@ -254,11 +255,11 @@ def test_other_factors_are_refused(tiny, write):
     for wrong in (factors[::-1], factors[:4], factors * 2):
         folder = write(model, extra={"rope_freqs.weight": np.ascontiguousarray(wrong)})
         with pytest.raises(InputError, match="'rope_freqs.weight' is not of Llama 3's rope type"):
-            Qwen3.from_pretrained(folder)
+            load_model(folder)
     folder = write(model, extra={"rope_freqs.weight": factors})
     (folder / "config.json").write_text((folder.parent / "hf" / "config.json").read_text())
     with pytest.raises(InputError, match="'rope_freqs.weight' differs from the rope of config.json"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -286,14 +287,14 @@ def test_a_tensor_cut_short_is_named(tiny, write):
     last = max(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset).name
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"model.gguf: truncated .*tensor '{last}'"):
-        Qwen3.from_pretrained(file.parent)
+        load_model(file.parent)
 
 
 def test_other_architecture(tiny, write, tmp_path):
     file = write(tiny("llama")) / "model.gguf"
     file.write_bytes(file.read_bytes().replace(b"llama", b"bloom", 1))
     with pytest.raises(InputError, match="architecture 'bloom'"):
-        Qwen3.from_pretrained(file.parent)
+        load_model(file.parent)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 300, 5000, -100])
@@ -301,14 +302,14 @@ def test_truncated_file(tiny, write, keep):
     file = write(tiny("llama")) / "model.gguf"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(InputError, match="model.gguf: truncated"):
-        Qwen3.from_pretrained(file.parent)
+        load_model(file.parent)
 
 
 def test_several_files(tiny, write):
     write(tiny("llama"), name="a.gguf")
     folder = write(tiny("llama"), name="b.gguf")
     with pytest.raises(InputError, match="several GGUF files.*'a.gguf', 'b.gguf'"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from srrl_jax.checkpoints import load_model, loading, save_model
 from srrl_jax.errors import InputError
-from srrl_jax.models import Qwen3, weights
+from srrl_jax.models import Qwen3
 from srrl_jax.parallel import make_mesh, shardings
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -21,7 +22,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def checkpoint(tiny, tmp_path):
     """A saved tiny model, and a function that rewrites its tensors."""
     folder = tmp_path / "checkpoint"
-    tiny().save_pretrained(folder)
+    save_model(tiny(), folder)
 
     def edit(change):
         tensors = load_file(folder / "model.safetensors")
@@ -42,17 +43,17 @@ def assert_same(left: Qwen3, right: Qwen3):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_is_bit_identical(tiny, tmp_path, dtype, tied):
-    tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "first", dtype)
-    first = Qwen3.from_pretrained(tmp_path / "first", dtype=dtype)
-    first.save_pretrained(tmp_path / "second", dtype)
+    save_model(tiny(tie_word_embeddings=tied), tmp_path / "first", dtype)
+    first = load_model(tmp_path / "first", dtype=dtype)
+    save_model(first, tmp_path / "second", dtype)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-    assert_same(first, Qwen3.from_pretrained(tmp_path / "second", dtype=dtype))
+    assert_same(first, load_model(tmp_path / "second", dtype=dtype))
 
 
 def test_names_and_values_are_those_of_the_file(checkpoint):
     folder, _ = checkpoint
-    model, tensors = Qwen3.from_pretrained(folder), load_file(folder / "model.safetensors")
+    model, tensors = load_model(folder), load_file(folder / "model.safetensors")
     np.testing.assert_array_equal(model.layers.mlp.up_proj.weight[1], tensors[UP])
     np.testing.assert_array_equal(model.lm_head.weight[...], tensors["lm_head.weight"])
     count = sum(variable[...].size for _, variable in nnx.to_flat_state(nnx.state(model)))
@@ -61,7 +62,7 @@ def test_names_and_values_are_those_of_the_file(checkpoint):
 
 def test_transformers_checkpoint_survives_unchanged(shared_data, tmp_path):
     source = shared_data / "tiny-qwen3-untied"
-    Qwen3.from_pretrained(source).save_pretrained(tmp_path)
+    save_model(load_model(source), tmp_path)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
@@ -69,7 +70,7 @@ def test_transformers_checkpoint_survives_unchanged(shared_data, tmp_path):
 
 
 def test_dtype_is_that_of_weights_and_computation(checkpoint):
-    model = Qwen3.from_pretrained(checkpoint[0], dtype=jnp.bfloat16)
+    model = load_model(checkpoint[0], dtype=jnp.bfloat16)
     assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(model))} == {jnp.dtype("bfloat16")}
     assert model.dtype == jnp.bfloat16
     saved = json.loads((checkpoint[0] / "config.json").read_text())
@@ -78,26 +79,26 @@ def test_dtype_is_that_of_weights_and_computation(checkpoint):
 
 def test_mesh_places_by_the_table(checkpoint):
     mesh = make_mesh()
-    model = Qwen3.from_pretrained(checkpoint[0], mesh=mesh)
+    model = load_model(checkpoint[0], mesh=mesh)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         assert variable[...].sharding == shardings(variable, mesh)
-    assert_same(model, Qwen3.from_pretrained(checkpoint[0]))
+    assert_same(model, load_model(checkpoint[0]))
 
 
 def test_tells_what_a_mesh_leaves_whole_before_it_reads(checkpoint, caplog, monkeypatch):
     def refuse(*_):
         raise InputError("read")
 
-    monkeypatch.setattr(weights, "left_whole", lambda *_: ["mesh.tensor (16) does not divide"])
-    monkeypatch.setattr(weights, "_parameter", refuse)
+    monkeypatch.setattr(loading, "left_whole", lambda *_: ["mesh.tensor (16) does not divide"])
+    monkeypatch.setattr(loading, "_parameter", refuse)
     with pytest.raises(InputError, match="^read$"):
-        Qwen3.from_pretrained(checkpoint[0], mesh=make_mesh())
+        load_model(checkpoint[0], mesh=make_mesh())
     assert caplog.messages == ["mesh.tensor (16) does not divide"]
 
 
 def test_shards_with_an_index(checkpoint):
     folder, _ = checkpoint
-    whole = Qwen3.from_pretrained(folder)
+    whole = load_model(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -106,11 +107,11 @@ def test_shards_with_an_index(checkpoint):
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {name: file for file, part in parts.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert_same(whole, Qwen3.from_pretrained(folder))
+    assert_same(whole, load_model(folder))
 
     (folder / "b.safetensors").unlink()
     with pytest.raises(InputError, match="b.safetensors.*missing"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("elsewhere", ["../other/a.safetensors", "/etc/a.safetensors", "x/../../a", None])
@@ -119,7 +120,7 @@ def test_shards_outside_of_the_directory_are_not_followed(checkpoint, elsewhere)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: elsewhere}}))
     with pytest.raises(InputError, match=f"index.json: weight_map: tensor '{UP}' lies in .* no file of this"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -133,7 +134,7 @@ def test_values_that_are_not_finite_are_refused(checkpoint, value, dtype):
 
     edit(spoil)
     with pytest.raises(InputError) as error:
-        Qwen3.from_pretrained(folder, mesh=make_mesh(), dtype=dtype)
+        load_model(folder, mesh=make_mesh(), dtype=dtype)
     assert UP in str(error.value) and "model.norm.weight" in str(error.value)
     assert "lm_head" not in str(error.value)
 
@@ -144,7 +145,7 @@ def test_loads_nothing_before_all_is_checked(checkpoint, monkeypatch):
     edit(lambda tensors: tensors.pop("model.norm.weight"))
     monkeypatch.setattr(np, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(InputError):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -163,25 +164,25 @@ def test_tensors_that_do_not_fit(checkpoint, change, message):
     folder, edit = checkpoint
     edit(change)
     with pytest.raises(InputError, match=message):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_rotary_buffers_are_ignored(checkpoint):
     folder, edit = checkpoint
     edit(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
-    Qwen3.from_pretrained(folder)
+    load_model(folder)
 
 
 def test_tied_head_must_equal_the_embedding(tiny, tmp_path):
     model = tiny(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
     save_file({**tensors, "lm_head.weight": embedding}, tmp_path / "model.safetensors")
-    assert_same(model, Qwen3.from_pretrained(tmp_path))
+    assert_same(model, load_model(tmp_path))
     save_file({**tensors, "lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="tie_word_embeddings"):
-        Qwen3.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -100])
@@ -189,17 +190,17 @@ def test_truncated_file(checkpoint, keep):
     file = checkpoint[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(InputError, match="model.safetensors: truncated"):
-        Qwen3.from_pretrained(checkpoint[0])
+        load_model(checkpoint[0])
 
 
 def test_no_weights_and_pickles(checkpoint):
     folder, _ = checkpoint
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="pytorch_model.bin.*convert to safetensors"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match="no weights"):
-        Qwen3.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_sources_that_are_not_there(checkpoint, tmp_path, monkeypatch):
@@ -211,11 +212,11 @@ def test_sources_that_are_not_there(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match="owner/name: .*hub did not give it: cannot find the files$"):
-        Qwen3.from_pretrained("owner/name")
+        load_model("owner/name")
     with pytest.raises(InputError, match="no such directory"):
-        Qwen3.from_pretrained(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     with pytest.raises(InputError, match="give the checkpoint's directory"):
-        Qwen3.from_pretrained(checkpoint[0] / "config.json")
+        load_model(checkpoint[0] / "config.json")
 
 
 def test_hub_id_is_fetched_without_pickles(checkpoint, monkeypatch):
@@ -228,7 +229,7 @@ def test_hub_id_is_fetched_without_pickles(checkpoint, monkeypatch):
         return str(checkpoint[0])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert_same(Qwen3.from_pretrained("owner/name"), Qwen3.from_pretrained(checkpoint[0]))
+    assert_same(load_model("owner/name"), load_model(checkpoint[0]))
     assert asked["name"] == "owner/name"
     assert "model*.safetensors" in asked["patterns"]
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["patterns"])
@@ -240,7 +241,7 @@ def test_config_without_weights_is_read_first(checkpoint, tmp_path):
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
     with pytest.raises(InputError, match="config.json: model_type 'mixtral'"):
-        Qwen3.from_pretrained(tmp_path / "other")
+        load_model(tmp_path / "other")
 
 
 def test_abstract_model_allocates_nothing(checkpoint, monkeypatch):
@@ -254,5 +255,5 @@ def test_abstract_model_allocates_nothing(checkpoint, monkeypatch):
         return out
 
     monkeypatch.setattr(jax.random, "normal", watch)
-    Qwen3.from_pretrained(checkpoint[0])
+    load_model(checkpoint[0])
     assert drawn and all(drawn)

@@ -6,31 +6,18 @@ the shared ones per branch: the queries of a row's branches meet its prefix in o
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from srrl_jax.errors import InputError
-from srrl_jax.models.int8 import Int8
+from srrl_jax.kernels.fused import KERNELS
+from srrl_jax.kernels.int8 import Int8
+from srrl_jax.kernels.segment import Segment
+from srrl_jax.parallel import platform
 
 BLOCK = 256  # queries whose scores exist at one time
 NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
-
-
-class Segment(NamedTuple):
-    """Keys and values that queries attend to.
-
-    Shapes: `k`, `v` [N or 1, K, B or 1, S, D], where size 1 means shared by all rows or by the row's
-    branches, in one layer; a stack of all layers has a leading axis [layers, ...]. `mask` is bool,
-    broadcastable to [N, B, T, S], true where a query may look. `positions` of the keys, int broadcastable
-    to [N, B, S] (any value at padding), is read by layers with sliding attention only.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    mask: jax.Array
-    positions: jax.Array | None = None
 
 
 def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
@@ -42,12 +29,6 @@ def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
       window: int scalar.
     """
     return queries[..., :, None] - keys[..., None, :] < window
-
-
-def platform() -> str:
-    """Where programs are compiled for: "cpu", "gpu" or "tpu", of the current mesh if there is one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def check_kernel(name: str, dtype, slides: bool) -> None:
@@ -113,11 +94,9 @@ def attend(q: jax.Array, segments: list[Segment], kernel: str = "xla") -> jax.Ar
     """Softmax attention of `q` [N, B, T, H, D] over all `segments` at once -> [N, B, T, H * D].
 
     Grouped-query heads: head h reads key/value head h // (H // K). Scores and softmax are float32.
-    `kernel`: "xla" takes any segments; for "splash" and "cudnn" see `srrl_jax.models.kernels`.
+    `kernel`: "xla" takes any segments; for "splash" and "cudnn" see `srrl_jax.kernels.fused`.
     """
     if kernel != "xla":
-        from srrl_jax.models.kernels import KERNELS
-
         return KERNELS[kernel](q, segments)
     n, b, t, h, d = q.shape
     heads = segments[0].k.shape[1]

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from srrl_jax.models.attention import NEVER, platform
-from srrl_jax.models.config import Qwen3Config
+from srrl_jax.kernels.attention import NEVER
+from srrl_jax.parallel import platform
 
 QUERIES, KEYS = 128, 64  # that a program meets at a time
 _LAUNCH = dict(num_warps=8, num_stages=2)
 
 
-def computes(config: Qwen3Config) -> bool:
-    """Whether prefill runs on a GPU and the kernel knows this network's attention: heads of a power of two,
+def computes(head_dim: int, slides: bool) -> bool:
+    """Whether prefill runs on a GPU and the kernel knows this attention: heads whose size is a power of two,
     and no sliding window."""
-    size = config.head_dim
-    return platform() == "gpu" and size & (size - 1) == 0 and size >= 32 and config.windows is None
+    return platform() == "gpu" and head_dim & (head_dim - 1) == 0 and head_dim >= 32 and not slides
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, shared: tuple, pack) -> jax.Array:

@@ -20,16 +20,16 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from srrl_jax.checkpoints import gguf, safetensors
+from srrl_jax.checkpoints.files import Box, Tensor, checkpoint_directory, on_disk, read_json
+from srrl_jax.checkpoints.names import tensor_names
 from srrl_jax.errors import InputError
-from srrl_jax.models import gguf, safetensors
 from srrl_jax.models.config import Qwen3Config
-from srrl_jax.models.files import Box, Tensor, checkpoint_directory, on_disk, read_json
-from srrl_jax.models.names import tensor_names
 from srrl_jax.models.qwen3 import Qwen3
 from srrl_jax.parallel import is_main, left_whole, shardings
 
 
-def load(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
+def load_model(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
     """Loads a checkpoint; each process reads what its own devices hold.
 
     Args:

@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from srrl_jax.checkpoints.files import checkpoint_directory, on_disk, read_json
+from srrl_jax.checkpoints.gguf_tokenizer import write_tokenizer
+from srrl_jax.checkpoints.quoting import control_pattern, quote, unquoted
 from srrl_jax.errors import InputError
-from srrl_jax.models.files import checkpoint_directory, on_disk, read_json
-from srrl_jax.models.gguf_tokenizer import write_tokenizer
-from srrl_jax.models.quoting import control_pattern, quote, unquoted
 
 # What a checkpoint has beside its weights, as globs.
 TOKENIZER_FILES = (

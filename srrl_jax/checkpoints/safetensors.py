@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from srrl_jax.checkpoints.files import Box, Tensor, read_rows
 from srrl_jax.errors import InputError
-from srrl_jax.models.files import Box, Tensor, read_rows
 
 _DTYPES = {name: jnp.dtype(kind) for name, kind in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",

@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
-from srrl_jax.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
