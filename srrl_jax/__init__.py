@@ -3,9 +3,9 @@
     import srrl_jax
     srrl_jax.train(srrl_jax.TrainConfig.load("demo", ["run_dir=runs/demo"]))
 
-What is used most is here: `train` with `TrainConfig`, `load_model`, `Qwen3`, `Sampler`, `Grader`, and the pure
-functions of `losses`. Each loads when it is first named, and so do the rooms (`srrl_jax.models`, `.rubrics`,
-...), so that `srrl_jax.rubrics` alone does not import JAX.
+What is used most is here: `train` with `TrainConfig`, `load_model`, `Qwen3`, `Sampler`, `Grader`, and the
+pure functions of `losses`. Each loads when it is first named, and so do the rooms (`srrl_jax.models`,
+`.rubrics`, ...), so that `srrl_jax.rubrics` alone does not import JAX.
 """
 
 import importlib

@@ -27,7 +27,7 @@ def network(request, model):
         if request.param == "xla":
             yield model
         else:
-            patch.setattr(gpu_prefill, "computes", lambda config: True)
+            patch.setattr(gpu_prefill, "computes", lambda *_: True)
             for module in (gpu_decode, gpu_prefill):
                 patch.setattr(module, "KEYS", 8)
             patch.setattr(gpu_prefill, "QUERIES", 16)
