@@ -2,15 +2,22 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
+from pydantic import Field
 
 from srrl_jax.errors import InputError, check_finite
 from srrl_jax.grading import JudgeConfig, TeacherConfig
 from srrl_jax.parallel import MeshConfig
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.training.settings import find_recipe, read_settings
+
+# Bounds of keys, which `TrainConfig.from_dict` checks.
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +43,7 @@ class DataConfig:
     eval: str | None = None
     minus: str | None = None
     teacher: str | None = None
-    teacher_share: float = 0.0
+    teacher_share: Share = 0.0
     teacher_loss: Literal["grpo", "sft", "both"] = "grpo"
     where: tuple[str, ...] = ()
     too_long: Literal["error", "drop"] = "error"
@@ -58,9 +65,9 @@ class RolloutConfig:
       int8: decode with "weights" in 8 bits, or with K/V caches too ("weights_kv"); training keeps its own.
     """
 
-    max_new_tokens: int
-    max_prompt_tokens: int | None = None
-    memory_gb: float | None = None
+    max_new_tokens: Count
+    max_prompt_tokens: Count | None = None
+    memory_gb: Positive | None = None
     thinking: bool = False
     int8: Literal["none", "weights", "weights_kv"] = "none"
     sampling: SamplingConfig = SamplingConfig()
@@ -75,7 +82,7 @@ class GradingConfig(JudgeConfig):
       int8: as in `rollout`, for replies that are written out.
     """
 
-    memory_gb: float | None = None
+    memory_gb: Positive | None = None
     int8: Literal["none", "weights", "weights_kv"] = "none"
 
     def __post_init__(self) -> None:
@@ -112,13 +119,13 @@ class RewardConfig:
     criteria: Literal["signed", "positive"] = "signed"
     soft: bool = False
     drop_unvarying: bool = False
-    reweight: float = 0.0
-    criteria_dropout: float = 0.0
-    axis_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    reweight: Annotated[float, Field(ge=0, le=100)] = 0.0
+    criteria_dropout: Share = 0.0
+    axis_weights: dict[str, NotNegative] = dataclasses.field(default_factory=dict)
     overlong: Literal["keep", "mask"] = "keep"
-    overlong_buffer: int = 0
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
     zero_variance: Literal["keep", "drop"] = "keep"
-    resample: int = 0
+    resample: Annotated[int, Field(ge=0)] = 0
     function: str | None = None
 
 
@@ -143,12 +150,12 @@ class LossConfig:
     advantage: Literal["std", "mean", "leave_one_out", "best"] = "std"
     ratio: Literal["token", "sequence"] = "token"
     aggregate: Literal["token", "sequence", "constant"] = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: NotNegative = 0.2
+    clip_high: NotNegative = 0.28
     dual_clip: float | None = None
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float | None = None
+    entropy_coef: NotNegative = 0.0
+    importance_cap: Positive | None = None
     balance_experts: bool = False
 
 
@@ -162,15 +169,13 @@ class LoraConfig:
       targets: projections that have one, in every layer.
     """
 
-    rank: int = 0
-    alpha: float = 32.0
+    rank: Annotated[int, Field(ge=0)] = 0
+    alpha: Positive = 32.0
     targets: tuple[
         Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
     ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise InputError(f"lora.rank: must not be negative, not {self.rank}")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise InputError(f"lora.targets: must be different projections, not {list(self.targets)}")
 
@@ -191,18 +196,18 @@ class OptimizerConfig:
       max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
     """
 
-    learning_rate: float = 1e-6
-    warmup_steps: int = 10
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0
-    minibatches: int = 1
-    microbatch: int | None = None
+    learning_rate: NotNegative = 1e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: NotNegative = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    grad_clip: Positive = 1.0
+    minibatches: Count = 1
+    microbatch: Count | None = None
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     moments: Literal["device", "host"] = "device"
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    max_skipped: int = 5
+    max_skipped: Count = 5
 
 
 # What a run's results depend on beside its recipe; a hash of each is kept with it.
@@ -223,10 +228,10 @@ class CheckpointConfig:
       accept_changes: what may be another than when the run began, though its results depend on it.
     """
 
-    every: int = 10
-    keep: int = 2
+    every: Count = 10
+    keep: Count = 2
     best: Literal["eval/self", "reward/mean"] | None = None
-    preemption_seconds: float = 25.0
+    preemption_seconds: Positive = 25.0
     accept_changes: tuple[Depends, ...] = ()
 
 
@@ -246,14 +251,14 @@ class EvalConfig:
       stop_on_warning: end the run, with a checkpoint, after a step whose evaluation gave such a warning.
     """
 
-    every: int = 10
-    rows: int = 32
-    samples: int = 1
+    every: Count = 10
+    rows: Count = 32
+    samples: Count = 1
     frozen: bool = True
-    margin: float = 0.1
-    agreement: float = 0.8
-    controls: int = 8
-    control_met: float = 0.2
+    margin: NotNegative = 0.1
+    agreement: NotNegative = 0.8
+    controls: Annotated[int, Field(ge=0)] = 8
+    control_met: NotNegative = 0.2
     stop_on_warning: bool = False
 
 
@@ -275,15 +280,15 @@ class TrainConfig:
     run_dir: str
     model: str
     data: DataConfig
-    steps: int
+    steps: Count
     rollout: RolloutConfig
     grading: GradingConfig
-    seed: int = 0
-    prompts_per_step: int = 32
-    group_size: int = 4
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    prompts_per_step: Count = 32
+    group_size: Annotated[int, Field(ge=2)] = 4
     grader: str = "policy"
     teacher: TeacherConfig | None = None
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     reference: Literal["device", "host"] = "device"
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmul_precision: Literal["highest", "default"] = "highest"
@@ -300,25 +305,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        o, r, g = self.optimizer, self.rollout, self.grading
-        least = {
-            "steps": self.steps,
-            "prompts_per_step": self.prompts_per_step,
-            "group_size": self.group_size - 1,
-            "rollout.max_new_tokens": r.max_new_tokens,
-            "rollout.max_prompt_tokens": 1 if r.max_prompt_tokens is None else r.max_prompt_tokens,
-            "optimizer.minibatches": o.minibatches,
-            "optimizer.microbatch": 1 if o.microbatch is None else o.microbatch,
-            "optimizer.max_skipped": o.max_skipped,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "eval.every": self.eval.every,
-            "eval.rows": self.eval.rows,
-            "eval.samples": self.eval.samples,
-        }
-        for key, value in least.items():
-            if value < 1:
-                raise InputError(f"{key}: must be at least {2 if key == 'group_size' else 1}")
+        o, r = self.optimizer, self.rollout
         if not all(1 <= step <= self.steps for step in self.profiled):
             raise InputError(f"profile: must be of 1 to steps ({self.steps}), not {list(self.profiled)}")
         if self.prompts_per_step % (o.minibatches * (o.microbatch or 1)):
@@ -337,58 +324,11 @@ class TrainConfig:
         if r.sampling.truncates:
             # Probabilities in the update are those of the whole distribution.
             raise InputError("rollout.sampling: top_k, top_p and min_p must be off; training needs log-probs")
-        not_negative = {
-            "seed": self.seed,
-            "kl_coef": self.kl_coef,
-            "loss.clip_low": self.loss.clip_low,
-            "loss.clip_high": self.loss.clip_high,
-            "loss.entropy_coef": self.loss.entropy_coef,
-            "reward.overlong_buffer": self.reward.overlong_buffer,
-            "reward.resample": self.reward.resample,
-            "eval.margin": self.eval.margin,
-            "eval.agreement": self.eval.agreement,
-            "eval.controls": self.eval.controls,
-            "eval.control_met": self.eval.control_met,
-            "optimizer.learning_rate": o.learning_rate,
-            "optimizer.warmup_steps": o.warmup_steps,
-            "optimizer.weight_decay": o.weight_decay,
-        }
-        for key, value in not_negative.items():
-            if not value >= 0:
-                raise InputError(f"{key}: must not be negative, not {value}")
-        if self.seed >= 2**32:  # JAX would take the lower 32 bits
-            raise InputError(f"seed: must be below 2**32, not {self.seed}")
-        for key, value in {"optimizer.beta1": o.beta1, "optimizer.beta2": o.beta2}.items():
-            if not 0 <= value < 1:
-                raise InputError(f"{key}: must be from 0 to below 1, not {value}")
-        dual, cap = self.loss.dual_clip, self.loss.importance_cap
+        dual = self.loss.dual_clip
         if dual is not None and not dual > 1 + self.loss.clip_high:
             raise InputError(f"loss.dual_clip: must be above 1 + loss.clip_high, not {dual}")
-        if cap is not None and not cap > 0:
-            raise InputError(f"loss.importance_cap: must be above 0, not {cap}")
         if self.reward.overlong_buffer > r.max_new_tokens:
             raise InputError("reward.overlong_buffer: must not be over rollout.max_new_tokens")
-        for axis, weight in self.reward.axis_weights.items():
-            if not weight >= 0:
-                raise InputError(f"reward.axis_weights.{axis}: must not be negative, not {weight}")
-        above_0 = {
-            "lora.alpha": self.lora.alpha,
-            "optimizer.grad_clip": o.grad_clip,
-            "checkpoint.preemption_seconds": self.checkpoint.preemption_seconds,
-            "rollout.memory_gb": r.memory_gb,
-            "grading.memory_gb": g.memory_gb,
-        }
-        for key, value in above_0.items():
-            if value is not None and not value > 0:
-                raise InputError(f"{key}: must be above 0, not {value}")
-        if not 0 <= self.reward.reweight <= 100:
-            raise InputError(f"reward.reweight: must be from 0 to 100, not {self.reward.reweight}")
-        if not 0 <= self.reward.criteria_dropout < 1:
-            raise InputError(
-                f"reward.criteria_dropout: must be from 0 to below 1, not {self.reward.criteria_dropout}"
-            )
-        if not 0 <= self.data.teacher_share < 1:
-            raise InputError(f"data.teacher_share: must be from 0 to below 1, not {self.data.teacher_share}")
         if self.data.teacher_share > 0 and self.data.teacher is None:
             raise InputError("data.teacher_share: needs data.teacher, a file that `srrl grade` wrote")
         if self.judge == "own" and ":" not in self.grader:

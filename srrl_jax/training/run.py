@@ -52,15 +52,18 @@ _MAY_CHANGE = (
 
 
 def check_run(config: TrainConfig) -> list[str]:
-    """Compares the recipe with that of the run in its directory, if there is one; writes nothing.
+    """Checks the recipe and compares it with that of the run in its directory, if there is one.
+
+    Nothing is written.
 
     Returns:
       The changes that are accepted, e.g. "steps was 10, now 20"; none where no checkpoint is.
     Raises:
-      InputError: the directory cannot be written, or it holds a run of another recipe (the message
-        shows the keys that differ), one that is longer or one that has lost its checkpoints; or a
-        tracker's library is missing.
+      InputError: a value is out of its bounds; the directory cannot be written, or it holds a run of
+        another recipe (the message shows the keys that differ), one that is longer or one that has lost its
+        checkpoints; or a tracker's library is missing.
     """
+    TrainConfig.from_dict(config.to_dict())  # it may have been made in Python, where nothing checks bounds
     run_dir = storage.locate(config.run_dir)
     if config.profiled and storage.is_remote(run_dir):
         raise InputError("profile: JAX writes traces to disks alone; give a run_dir on one, or leave it out")

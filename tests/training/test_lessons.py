@@ -162,5 +162,5 @@ def test_a_bad_file_is_refused_by_object(recipe, graded, tmp_path, change, messa
 def test_a_share_needs_a_file(recipe, tmp_path):
     with pytest.raises(InputError, match=r"data\.teacher_share: needs data\.teacher"):
         recipe(tmp_path, "data.teacher_share=0.1")
-    with pytest.raises(InputError, match=r"data\.teacher_share: must be from 0 to below 1"):
+    with pytest.raises(InputError, match=r"data\.teacher_share: Input should be less than 1"):
         recipe(tmp_path, "data.teacher_share=1", "data.teacher=x")

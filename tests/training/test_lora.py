@@ -157,8 +157,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(run, recipe, logs, tmp_path):
 
 def test_what_is_refused(recipe, tmp_path):
     for override, message in (
-        ("lora.rank=-1", "lora.rank: must not be negative"),
-        ("lora.alpha=0", "lora.alpha: must be above 0"),
+        ("lora.rank=-1", "lora.rank: Input should be greater than or equal to 0, not -1"),
+        ("lora.alpha=0", "lora.alpha: Input should be greater than 0, not 0"),
         ("lora.targets=[]", "lora.targets: must be different projections"),
         ("lora.targets=[q_proj, q_proj]", "lora.targets: must be different projections"),
         ("lora.targets=[gate]", "lora.targets.0: Input should be 'q_proj'"),

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import yaml
 
 from srrl_jax.errors import InputError
-from srrl_jax.training import TrainConfig
+from srrl_jax.training import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs/demo.yaml"
@@ -224,6 +225,12 @@ def test_a_value_out_of_range_names_its_key(override):
     else:
         *room, name = key.split(".")
         assert re.search(rf"\b{name}\b", message) and ".".join(room) in message
+
+
+def test_a_recipe_made_in_python_is_checked_when_it_is_run(tmp_path):
+    config = dataclasses.replace(TrainConfig.load(DEMO, [f"run_dir={tmp_path}"]), steps=0)
+    with pytest.raises(InputError, match="^config: steps: Input should be greater than or equal to 1, not 0"):
+        train(config)
 
 
 def test_no_number_of_a_recipe_may_be_infinite_or_nan(tmp_path):
