@@ -14,6 +14,8 @@ LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "e
 LEARN += ("eval.frozen=false", "checkpoint.every=16")
 HACK = (*SIZES, "kl_coef=0", "steps=12", "optimizer.learning_rate=1e-3", "eval.every=4", "eval.rows=48")
 HACK += ("checkpoint.every=12",)
+FAST = ("kl_coef=0", "optimizer.learning_rate=1e-3")
+CONTROLS = ("grading.calibrate=controls",)
 LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
 ENDPOINT = ("grader=teacher", "teacher.base_url={endpoint}", "teacher.model=larger", "teacher.key_env=null")
 ENDPOINT += ("teacher.template=package:tinyworld/grader.txt", "teacher.tries=2", "teacher.concurrency=64")
@@ -107,7 +109,9 @@ CLAIMS = {
         (*LEARN, "eval.every=4", "grading.verdict=logits"),
         {
             "as they are": (),
-            "controls": ("grading.calibrate=controls",),
+            "controls": CONTROLS,
+            "at the rate of e": FAST,
+            "at the rate of e, controls": (*FAST, *CONTROLS),
         },
     ),
     "h": Claim(
@@ -116,7 +120,7 @@ CLAIMS = {
         (*LEARN, "eval.every=4", "eval.frozen=true"),
         {
             "self-reward": (),
-            "as e without a guard": ("kl_coef=0", "optimizer.learning_rate=1e-3"),
+            "at the rate of e": FAST,
         },
     ),
     "i": Claim(
