@@ -46,7 +46,7 @@ CLAIMS = {
     ),
     "b": Claim(
         "an outside grader of four times the layers, with the strong base's verdicts",
-        ("weak", "strong"),
+        ("weak",),
         (*LEARN, "group_size=8"),
         {
             "self-reward": (),
