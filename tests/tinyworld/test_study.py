@@ -87,18 +87,43 @@ def test_the_arms_of_all_claims_are_recipes(study):
         assert {*claim.bases} <= {*study.BASES}
 
 
+def gains(least: float):
+    return lambda start, end, times: end["truth"] > start["truth"] + least
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "claim, base, arm, holds",
     [
-        ("a", "strong", "self-reward", lambda start, end: end["truth"] > start["truth"] + 0.15),
-        ("c", "weak", "self-reward", lambda start, end: end["accuracy"] < start["accuracy"] - 0.005),
-        ("e", "weak", "no guard", lambda start, end: end["warned"] and end["accuracy"] < 0.7),
+        ("a", "strong", "self-reward", gains(0.15)),
+        (
+            *("b", "weak", "outside, in the process"),
+            lambda start, end, times: (
+                end["truth"] > start["truth"] + 0.1 and times["grade"] > 1.5 * times["update"]
+            ),
+        ),
+        ("c", "weak", "self-reward", lambda start, end, _: end["accuracy"] < start["accuracy"] - 0.005),
+        ("d", "weak", "20%, both", lambda start, end, _: end["control"] < 0.1 and end["accuracy"] > 0.7),
+        ("e", "weak", "no guard", lambda start, end, _: end["warned"] and end["accuracy"] < 0.7),
+        ("f", "strong", "30% of the criteria replaced", gains(0.15)),
     ],
-    ids=["a", "c", "e"],
+    ids="abcdef",
 )
 def test_a_claim_over_one_seed(study, full_compile, claim, base, arm, holds, tmp_path):
     """What the tables of srrl_jax/tinyworld/README.md say, with room for other rounding."""
     keys = (*study.CLAIMS[claim].recipe, *study.CLAIMS[claim].arms[arm])
-    curve = study.run_arm(study.recipe(base, keys, 10, tmp_path, tmp_path / "run"))["curve"]
-    assert holds(curve[0], curve[-1])
+    found = study.run_arm(study.recipe(base, keys, 10, tmp_path, tmp_path / "run"))
+    curve = found["curve"]
+    assert holds(curve[0], curve[-1], found["times"])
+
+
+@pytest.mark.slow
+def test_controls_correct_a_grader_that_says_yes(study, full_compile, monkeypatch, tmp_path):
+    """Claim g, of a base that is taught for less long."""
+    monkeypatch.setitem(study.BASES, "yes", (*study.BASES["yes"][:-1], "100"))
+    found = {}
+    for way in ("none", "controls"):
+        keys = ("grading.verdict=logits", f"grading.calibrate={way}")
+        config = study.recipe("yes", keys, 0, tmp_path, tmp_path / "run")
+        found[way] = study.base_accuracies(config)["accuracy"]
+    assert found["none"] < 0.55 and found["controls"] > found["none"] + 0.02
