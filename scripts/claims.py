@@ -18,7 +18,7 @@ FAST = ("kl_coef=0", "optimizer.learning_rate=1e-3")
 CONTROLS = ("grading.calibrate=controls",)
 LESSONS = ("data.teacher={work}/lessons_{base}.jsonl", "data.teacher_share=0.2")
 ENDPOINT = ("grader=teacher", "teacher.base_url={endpoint}", "teacher.model=larger", "teacher.key_env=null")
-ENDPOINT += ("teacher.template=package:tinyworld/grader.txt", "teacher.tries=2", "teacher.concurrency=64")
+ENDPOINT += ("teacher.template=package:tinyworld/grader.txt", "teacher.tries=2", "teacher.concurrency=128")
 ENDPOINT += ("teacher.cache={run}.sqlite",)
 
 

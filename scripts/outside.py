@@ -3,8 +3,8 @@
     python scripts/outside.py      # prints the base_url of an endpoint on a free port of 127.0.0.1; serves
 
 The layers that it has more add nothing to what it computes, so that its verdicts are those of the embedded
-model: it differs in what a verdict costs alone. The endpoint reads every prompt anew, together with others
-that come at the same time.
+model: it differs in what a verdict costs alone. As servers with a prefix cache do, the endpoint answers what
+comes at the same time together, and reads a response once for all criteria that are asked about it.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ import json
 import queue
 import sys
 import threading
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srrl_jax.actor import encode_prompt
 from srrl_jax.checkpoints import load_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.grading import Grader, GradingItem, Verdict
@@ -35,8 +35,9 @@ from srrl_jax.training.experience import make_actor
 from srrl_jax.training.run import load_tasks
 
 LAYERS = 16
-TOGETHER = 64  # prompts that the endpoint answers at a time
-LONGEST, REPLY = 256, 20  # tokens of a prompt, and of a reply as in configs/demo.yaml
+TOGETHER = 128  # prompts that the endpoint answers at a time
+LONGEST = RowLengths(160, [32] * 8)  # tokens of a prompt up to the criterion, and of eight with what follows
+REPLY = 20  # tokens, as in configs/demo.yaml
 
 
 def larger() -> Qwen3:
@@ -80,7 +81,7 @@ def answer(waiting: queue.Queue) -> None:
     model, tokenizer = larger(), load_tokenizer(CHECKPOINT)
     sampler = Sampler(
         model,
-        [RowLengths(LONGEST, [0])] * TOGETHER,
+        [LONGEST] * (TOGETHER // 8),
         new_tokens=REPLY,
         stop_ids=tokenizer.stop_ids,
         sampling=SamplingConfig(temperature=1.0),
@@ -89,14 +90,21 @@ def answer(waiting: queue.Queue) -> None:
     weights = sampler.prepare(nnx.state(model))
     for call in range(sys.maxsize):
         asked = [waiting.get()]
-        time.sleep(0.005)  # for those that come with it
-        while len(asked) < TOGETHER and not waiting.empty():
-            asked.append(waiting.get())
-        prompts = [encode_prompt(tokenizer, messages, thinking=False)[0] for messages, _ in asked]
-        replies = sampler.generate(weights, prompts, [[[]]] * len(prompts), jax.random.key(call))
-        for (_, future), prompt, (reply,) in zip(asked, prompts, replies, strict=True):
-            usage = {"prompt_tokens": len(prompt), "completion_tokens": len(reply.tokens)}
-            future.set_result((tokenizer.decode(reply.tokens.tolist()), usage))
+        with suppress(queue.Empty):
+            while len(asked) < TOGETHER:
+                asked.append(waiting.get(timeout=0.05))  # those that come with it
+        rows = defaultdict(list)
+        for messages, future in asked:
+            prompt = tokenizer.render(messages, thinking=False)
+            start = prompt.rindex("rule :")  # of tinyworld/grader.txt
+            rows[prompt[:start]].append((tokenizer.encode(prompt[start:]), future))
+        prefixes = [tokenizer.encode(text) for text in rows]
+        branches = [[branch for branch, _ in row] for row in rows.values()]
+        replies = sampler.generate(weights, prefixes, branches, jax.random.key(call))
+        for prefix, row, found in zip(prefixes, rows.values(), replies, strict=True):
+            for (branch, future), reply in zip(row, found, strict=True):
+                usage = {"prompt_tokens": len(prefix) + len(branch), "completion_tokens": len(reply.tokens)}
+                future.set_result((tokenizer.decode(reply.tokens.tolist()), usage))
 
 
 def serve() -> None:
