@@ -43,13 +43,11 @@ from srrl_jax.training import TrainConfig, train
 
 COLUMNS = {
     "truth": "oracle score",
-    "gain": "gain of it",
-    "beside": "beside the first arm, by seed",
+    "gain": "gain of score",
+    "beside": "score beside the first arm",
     "own": "score by itself",
     "accuracy": "grader accuracy",
-    "accuracy_gain": "gain of it",
-    "accuracy_item": "of items",
-    "accuracy_style": "of style",
+    "accuracy_gain": "gain of accuracy",
     "control": "met by empty answers",
     "unread": "unreadable verdicts",
     "warned": "runs warned",
@@ -57,8 +55,9 @@ COLUMNS = {
     "grading": "grading's share of a step",
 }
 MORE = {
+    "c": {"accuracy_item": "accuracy, items", "accuracy_style": "accuracy, style"},
     "b": {"seconds": "seconds of a step", "rollout": "rollout's share", "update": "update's share"},
-    "i": {f"accuracy_{kind}": f"of {kind}" for kind in KINDS},
+    "i": {f"accuracy_{kind}": f"accuracy, {kind}" for kind in KINDS},
 }
 MARK = "<!-- scripts/study.py writes what follows, to the end -->\n"
 
