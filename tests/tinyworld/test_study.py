@@ -121,6 +121,7 @@ def test_a_claim_over_one_seed(study, full_compile, claim, base, arm, holds, tmp
 def test_controls_correct_a_grader_that_says_yes(study, full_compile, monkeypatch, tmp_path):
     """Claim g, of a base that is taught for less long."""
     monkeypatch.setitem(study.BASES, "yes", (*study.BASES["yes"][:-1], "100"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # the base is made in a process of its own
     found = {}
     for way in ("none", "controls"):
         keys = ("grading.verdict=logits", f"grading.calibrate={way}")
