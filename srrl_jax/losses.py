@@ -7,12 +7,13 @@ Shapes: N prompts, G completions a prompt (the group), L completion tokens. Log-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 _MAX_LOG_RATIO = 20.0  # e^20 is far beyond any clip range and still finite in float32
 
 
 def group_advantages(
-    rewards: jax.Array, valid: jax.Array | None = None, how: str = "std", eps: float = 1e-6
+    rewards: ArrayLike, valid: ArrayLike | None = None, how: str = "std", eps: float = 1e-6
 ) -> jax.Array:
     """Reward against its group: with r the valid rewards of a group, k their number, s their deviation,
 

@@ -7,6 +7,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -108,6 +110,24 @@ def test_every_import_is_of_a_declared_dependency():
         assert owners & (DECLARED | OPTIONAL), (
             f"{name} ({', '.join(sorted(files))}) is of {owners or 'nothing installed'}"
         )
+
+
+# What users import, where all types must be right; of the other rooms what is surely wrong is found.
+TYPED = (
+    "errors.py losses.py programs.py storage.py rubrics data/order.py data/select.py grading/asking.py "
+    "grading/config.py grading/judge.py grading/voting.py models/config.py models/presets.py models/tree.py "
+    "sampling/shapes.py sampling/tokens.py training/config.py training/own.py training/rewards.py "
+    "training/settings.py"
+).split()
+
+
+@pytest.mark.parametrize(("preset", "files"), [("default", TYPED), ("basic", [""])])
+def test_types(preset, files):
+    command = [Path(sys.executable).with_name("pyrefly"), "check", "--preset", preset]
+    command += ["--python-interpreter-path", sys.executable, "--output-format", "min-text"]
+    command += [str(ROOT / "srrl_jax" / file) for file in files]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_rubrics_alone_import_neither_jax_nor_numpy():

@@ -4,7 +4,7 @@ import abc
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Tokenizer(abc.ABC):
         """`text` so marked that `encode` reads the control tokens that it spells as text."""
         return quote(text, self._control)
 
-    def render(self, messages: Sequence[dict[str, str]], thinking: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> str:
         """The chat template's text of `messages` up to where the assistant's turn begins.
 
         The messages are quoted: what they say is text, only the template's own control tokens are

@@ -58,9 +58,9 @@ class Question:
         template that puts them first. None where they are so few that nothing is saved."""
         roles = ("user", "assistant", "system")
         prompts = [self.prefix(GradingItem([{"role": role, "content": ""}], "", ())) for role in roles]
-        tokens = os.path.commonprefix(prompts)
+        tokens = list(os.path.commonprefix(prompts))
         for prefix in prefixes:
-            tokens = os.path.commonprefix([tokens, prefix])
+            tokens = list(os.path.commonprefix([tokens, list(prefix)]))
         return tuple(tokens) if len(tokens) >= 64 else ()
 
     def prefix(self, item: GradingItem) -> list[int]:

@@ -98,15 +98,16 @@ class Qwen3Config:
             self._check_layer_types()
 
     def _check_layer_types(self) -> None:
-        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        types = self.layer_types or ()
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise InputError(
                 f"config.json: layer_types {', '.join(unknown)} are not supported, only full_attention and "
                 "sliding_attention"
             )
-        if len(self.layer_types) != self.num_hidden_layers:
+        if len(types) != self.num_hidden_layers:
             raise InputError(
-                f"config.json: layer_types names {len(self.layer_types)} layers, but num_hidden_layers is "
+                f"config.json: layer_types names {len(types)} layers, but num_hidden_layers is "
                 f"{self.num_hidden_layers}"
             )
         if self.model_type == "llama":

@@ -251,7 +251,9 @@ class Qwen3(nnx.Module):
         x, kv, _ = self._run(tokens, positions, positions >= 0, shared, look, at_last)
         return x[:, 0] if states else None, kv
 
-    def _run(self, tokens, positions, mask, context, look, at_last=None, remat: str = "none"):
+    def _run(
+        self, tokens, positions, mask, context, look, at_last=None, remat: str = "none"
+    ) -> tuple[Any, Any, Any]:
         """All layers.
 
         Args:

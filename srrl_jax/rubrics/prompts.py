@@ -119,8 +119,9 @@ def _constant(source: str, name: str, path: str) -> str:
         for node in ast.parse(source).body:
             if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == name for t in node.targets):
                 value = node.value
-                stripped = isinstance(value, ast.Call) and getattr(value.func, "attr", None) == "strip"
-                text = ast.literal_eval(value.func.value if stripped else value)
+                if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+                    value = value.func.value if value.func.attr == "strip" else value
+                text = ast.literal_eval(value)
                 if isinstance(text, str):
                     return text
     except (SyntaxError, ValueError, RecursionError, MemoryError):

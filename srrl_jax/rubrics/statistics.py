@@ -31,8 +31,9 @@ def disagreement(verdicts: Sequence[Judged]) -> float:
     """
     if not varies(verdicts):
         return 0.0
-    share = met_share(verdicts)
-    return 4 * met_share([None if met is None else (met - share) ** 2 for met in verdicts])
+    read = [met for met in verdicts if met is not None]
+    share = sum(read) / len(read)
+    return 4 * sum((met - share) ** 2 for met in read) / len(read)
 
 
 def criterion_weights(

@@ -58,8 +58,10 @@ def parse_explanation(text: str) -> str:
             if key == "explanation" and isinstance(value, str):
                 return value
     match = _EXPLANATION.search(rest)
+    if match is None:
+        return ""
     try:
-        return json.loads(match[1], strict=False) if match else ""
+        return json.loads(match[1], strict=False)
     except ValueError:  # a bad escape
         return match[1][1:-1]
 

@@ -1,6 +1,7 @@
 """The recipe of a run: one YAML file, overridden by key=value."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -367,7 +368,7 @@ class TrainConfig:
         return self.grader == "frozen" or (self.eval.frozen and self.data.eval is not None)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] = ()) -> Self:
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Reads a YAML recipe and applies `key.sub=value` overrides, whose values are YAML too.
 
         `path` may be the name of one of the package's recipes, such as "demo". `inherits: other.yaml`, beside

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Group:
     rewards: np.ndarray
 
 
-Reward = Callable[[Group], Sequence[float]]
+Reward = Callable[[Group], Sequence[float] | np.ndarray]
 GraderFunction = Callable[[Sequence[Message], str, Sequence[Criterion]], Sequence[bool | None | Verdict]]
 
 
@@ -92,11 +92,11 @@ class OwnJudge:
     def _grade(self, items, on_wave) -> list[list[Verdict]]:
         with _named(f"grader {name_of(self.grader)}", f"on {len(items)} responses"):
             if hasattr(self.grader, "grade"):
-                given = list(self.grader.grade(items, on_wave))
+                given = list(cast(Judge, self.grader).grade(items, on_wave))
             else:
-                given = []
+                given, ask = [], cast(GraderFunction, self.grader)
                 for item in items:
-                    given.append(self.grader(item.prompt, item.response, item.criteria))
+                    given.append(ask(item.prompt, item.response, item.criteria))
                     on_wave(len(given), len(items))
         if len(given) != len(items):
             raise InputError(

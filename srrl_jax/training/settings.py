@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ _RETIRED = {
 }
 
 
-def read_settings(kind: type, path: Path, overrides: list[str] = ()) -> dict[str, Any]:
+def read_settings(kind: type, path: Path | epath.Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The values of a YAML file and of those it inherits, with `key.sub=value` overrides, whose values are
     YAML too; not yet of checked types.
 
@@ -78,7 +79,7 @@ def _in_package(value: Any) -> Any:
     return value
 
 
-def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path | epath.Path, heirs: tuple[Path | epath.Path, ...] = ()) -> dict[str, Any]:
     """A YAML recipe over those that it inherits."""
     if path.resolve() in heirs:
         raise InputError(f"{path}: inherits: leads back to the recipe itself")
