@@ -17,7 +17,8 @@ from srrl_jax.training.config import TrainConfig
 
 _SHORT = 256  # completions that are all padded to their limit
 _TOKENS = 16384  # of a microbatch on a device, beyond which more are no faster
-_SHARE = 0.9  # of a device's memory, since what fits is found by formulas
+_SHARE = 0.9  # of a device's memory that sampling may fill, since what fits is found by formulas;
+_UPDATE_SHARE = 0.85  # that of an update leaves out what a mesh gathers
 _ENOUGH = 4096  # of a microbatch on a device, beyond which it is worth less than not to compute twice
 _RESPONSES = (0.125, 0.25, 0.5, 1.0)  # of the limit: lengths that nobody knows yet
 
@@ -89,7 +90,7 @@ def plan_update(
         sizes = [o.microbatch]
     tokens = prompt + config.group_size * completions[-1]  # of a prompt and its group
     useful = [size for size in sizes if size == sizes[0] or size // shards * tokens <= _TOKENS]
-    memory = _SHARE * (memory or 2 * default_budget())
+    memory = _UPDATE_SHARE * (memory or 2 * default_budget())
 
     def fits(size: int, remat: str) -> bool:
         each = _activations(config, model.config, prompt, completions[-1], remat, mesh)
