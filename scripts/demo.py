@@ -18,6 +18,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax import TrainConfig, train
 from srrl_jax.actor import Actor
 from srrl_jax.checkpoints import load_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
@@ -27,9 +28,8 @@ from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, score_response
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs, oracle
-from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.run import load_tasks
+from srrl_jax.training.tasks import load_tasks
 from srrl_jax.viewer.report import write_report
 
 

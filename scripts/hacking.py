@@ -15,9 +15,9 @@ from demo import oracle_curve
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax import TrainConfig, train
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import TrainConfig, train
 from srrl_jax.viewer.report import write_report
 
 HACKED = [

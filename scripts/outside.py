@@ -32,7 +32,7 @@ from srrl_jax.sampling import RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT
 from srrl_jax.training import TrainConfig
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.run import load_tasks
+from srrl_jax.training.tasks import load_tasks
 
 LAYERS = 16
 TOGETHER = 128  # prompts that the endpoint answers at a time

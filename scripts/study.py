@@ -30,6 +30,7 @@ from flax import nnx
 from outside import examiner
 from teacher_share import write_lessons
 
+from srrl_jax import TrainConfig, train
 from srrl_jax.checkpoints import load_model
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem
@@ -39,7 +40,6 @@ from srrl_jax.tinyworld import grader_pairs
 from srrl_jax.tinyworld.harder import KINDS, draw_harder_row, harder_pairs, kind_of
 from srrl_jax.tinyworld.rows import dump_rows, easy_rows, random_criterion
 from srrl_jax.tinyworld.tokenizer import CHECKPOINT
-from srrl_jax.training import TrainConfig, train
 
 COLUMNS = {
     "truth": "oracle score",

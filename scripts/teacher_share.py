@@ -20,6 +20,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from srrl_jax import TrainConfig, train
 from srrl_jax.checkpoints import load_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
@@ -29,9 +30,8 @@ from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import SamplingConfig
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_reply
-from srrl_jax.training import TrainConfig, train
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.run import load_tasks
+from srrl_jax.training.tasks import load_tasks
 
 SHARES = (0, 0.01, 0.05, 0.2)
 SEEDS = (0, 1, 2)

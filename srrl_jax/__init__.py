@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         models,
         parallel,
         rubrics,
+        run,
         sampling,
         telemetry,
         training,
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from srrl_jax.checkpoints import load_model
     from srrl_jax.grading import Grader
     from srrl_jax.models import Qwen3
+    from srrl_jax.run import train
     from srrl_jax.sampling import Sampler
-    from srrl_jax.training import TrainConfig, train
+    from srrl_jax.training import TrainConfig
 
 _ROOMS = (
     "checkpoints",
@@ -38,6 +40,7 @@ _ROOMS = (
     "models",
     "parallel",
     "rubrics",
+    "run",
     "sampling",
     "telemetry",
     "training",
@@ -48,7 +51,7 @@ _HOMES = {
     "Sampler": "sampling",
     "load_model": "checkpoints",
     "TrainConfig": "training",
-    "train": "training",
+    "train": "run",
 }
 __all__ = [
     "Grader",
@@ -63,6 +66,7 @@ __all__ = [
     "models",
     "parallel",
     "rubrics",
+    "run",
     "sampling",
     "telemetry",
     "train",

@@ -92,11 +92,12 @@ def _train(
     --coordinator, --processes and --process.
     """
     from srrl_jax.parallel import end_together, is_main, join
-    from srrl_jax.training import TrainConfig, train
+    from srrl_jax.run import train
+    from srrl_jax.training import TrainConfig
 
     resolved = TrainConfig.load(config, overrides or [])
     if dry_run:
-        from srrl_jax.training.dry_run import dry_run as describe
+        from srrl_jax.run.dry_run import dry_run as describe
 
         return describe(resolved)
     join(coordinator, processes, process)
@@ -195,7 +196,7 @@ def _export(
     ] = None,
 ) -> None:
     """Write the trained model as a directory that transformers loads, with a model card."""
-    from srrl_jax.training.export import export
+    from srrl_jax.run.export import export
 
     print(f"step {export(run_dir, out, step, dtype, adapter=adapter, push=push)}: {out}")
 
@@ -210,7 +211,7 @@ def _replay(
     from rich.console import Console
     from rich.table import Table
 
-    from srrl_jax.training.replay import replay
+    from srrl_jax.run.replay import replay
 
     found, start = replay(run_dir, step)
     if as_json:
@@ -405,8 +406,8 @@ def _evaluate(
     """Score a checkpoint, or ready completions, on rows: overall, per theme, per axis, with error."""
     from srrl_jax.evaluation.commands import run_evaluate
     from srrl_jax.evaluation.judge import AnswerConfig
+    from srrl_jax.run.export import exported
     from srrl_jax.sampling import SamplingConfig
-    from srrl_jax.training.export import exported
 
     run_evaluate(
         exported(model),
@@ -459,7 +460,7 @@ def _meta_evaluate(
 ) -> None:
     """Score a grader against physicians' labels: F1 of met and not met, per category, baselines."""
     from srrl_jax.evaluation.commands import run_meta_evaluate
-    from srrl_jax.training.export import exported
+    from srrl_jax.run.export import exported
 
     run_meta_evaluate(
         exported(grader),

@@ -82,8 +82,8 @@ def audit(
     from srrl_jax.evaluation.judge import AnswerConfig
     from srrl_jax.evaluation.rubrics import audit_rubrics, counts
     from srrl_jax.grading import JudgeConfig
+    from srrl_jax.run.export import exported
     from srrl_jax.sampling import SamplingConfig
-    from srrl_jax.training.export import exported
 
     found = audit_rubrics(
         rows,

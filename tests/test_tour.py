@@ -10,7 +10,7 @@ import pytest
 
 from srrl_jax import Grader, Qwen3, Sampler, losses
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
-from srrl_jax.training import train
+from srrl_jax.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,12 +19,11 @@ from srrl_jax.parallel import make_mesh, platform, shardings
 from srrl_jax.planning.collectives import bytes_by_kind, bytes_outside, collectives, largest_array
 from srrl_jax.programs import Program, peak_bytes, placed
 from srrl_jax.sampling import Sampler
-from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
 from srrl_jax.training.learner import minibatch_shapes, network, update_programs
 from srrl_jax.training.shapes import RunLengths, UpdateShapes, plan_update
-from srrl_jax.training.update import NOTHING, make_optimizer, make_update
+from srrl_jax.training.update import NOTHING, TrainState, make_optimizer, make_update
 
 
 class Compiled(NamedTuple):

@@ -225,7 +225,7 @@ class CheckpointConfig:
     Attributes:
       best: the checkpoint with the highest value of this metric stays too, of those at whose step it
         was measured.
-      preemption_seconds: SIGTERM ends the run within this time, see `srrl_jax.training.preemption`.
+      preemption_seconds: SIGTERM ends the run within this time, see `srrl_jax.run.preemption`.
       accept_changes: what may be another than when the run began, though its results depend on it.
     """
 

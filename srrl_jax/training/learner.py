@@ -28,7 +28,6 @@ from srrl_jax.parallel import (
 from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import UpdateBatch, pack_groups, split_batch
-from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Task
 from srrl_jax.training.lessons import with_replies
@@ -36,6 +35,7 @@ from srrl_jax.training.memory import fits
 from srrl_jax.training.shapes import UpdateShapes, plan_update
 from srrl_jax.training.update import (
     NOTHING,
+    TrainState,
     completion_logprobs,
     make_optimizer,
     make_schedule,
@@ -126,6 +126,7 @@ class Learner:
     def __init__(self, model: Qwen3, config: TrainConfig, mesh: jax.sharding.Mesh, longest_prompt: int):
         self.shapes = plan_update(config, model, longest_prompt, mesh)
         self._config, self._mesh = config, mesh
+        self.model_config = model.config
         self._graphdef = nnx.graphdef(model)
         learns_all = config.lora.rank == 0
         stored = jnp.float32 if learns_all else model.dtype  # what is learnt is summed up in float32

@@ -128,7 +128,7 @@ class Own:
       config: the recipe with the names of what was handed in.
       reward: the rubric's where there is no other.
       rows: training rows in place of the recipe's.
-      identity: a hash of the source of each, see `srrl_jax.training.run.check_identity`.
+      identity: a hash of the source of each, see `srrl_jax.run.checks.check_identity`.
     """
 
     config: TrainConfig

@@ -1,7 +1,7 @@
 """The jitted update: GRPO with a KL penalty, accumulated over microbatches, then AdamW."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.config import OptimizerConfig, TrainConfig
 
 NOTHING = nnx.State({})  # no weights
+
+
+class TrainState(NamedTuple):
+    """What an update changes: the policy's `nnx.state` and the optimizer's state."""
+
+    params: Any
+    opt_state: Any
 
 
 def make_schedule(c: OptimizerConfig) -> optax.Schedule:

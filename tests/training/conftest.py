@@ -9,9 +9,10 @@ from flax import nnx
 
 from srrl_jax.checkpoints import load_model, save_model
 from srrl_jax.models import Qwen3, Qwen3Config
+from srrl_jax.run import train
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.checkpoint import TrainState
+from srrl_jax.training import TrainConfig
+from srrl_jax.training.update import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "srrl_jax" / "tinyworld"

@@ -11,9 +11,9 @@ import pytest
 
 from srrl_jax import storage
 from srrl_jax.errors import InputError
+from srrl_jax.run import train
+from srrl_jax.run.export import export, exported
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import train
-from srrl_jax.training.export import export, exported
 from srrl_jax.viewer.report import write_report
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import fingerprint
-from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
+from srrl_jax.run.checkpoint import Checkpoints, Position
 from srrl_jax.training.config import CheckpointConfig
+from srrl_jax.training.update import TrainState
 
 
 def state(seed: int) -> TrainState:

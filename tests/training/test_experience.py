@@ -13,10 +13,10 @@ from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.grading import Verdict, WeightsJudge
 from srrl_jax.parallel import make_mesh
 from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.run import train
+from srrl_jax.run.dry_run import dry_run
 from srrl_jax.sampling import Completion, RowLengths, Weights
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import train
-from srrl_jax.training.dry_run import dry_run
 from srrl_jax.training.experience import Task, grade, make_actor
 from srrl_jax.training.shapes import RunLengths
 

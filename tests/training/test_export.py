@@ -18,11 +18,11 @@ from srrl_jax import cli
 from srrl_jax.checkpoints import load_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
+from srrl_jax.run.checkpoint import Checkpoints, Position
+from srrl_jax.run.checks import write_config
+from srrl_jax.run.export import export, exported
 from srrl_jax.telemetry import RunLog
-from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
-from srrl_jax.training.export import export, exported
-from srrl_jax.training.run import write_config
-from srrl_jax.training.update import make_optimizer
+from srrl_jax.training.update import TrainState, make_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import TreeBatch
+from srrl_jax.run import train
+from srrl_jax.run.checkpoint import Checkpoints
+from srrl_jax.run.guards import SkippedUpdates, new_warnings
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.telemetry.signs import SIGNS
-from srrl_jax.training import rewards, train
+from srrl_jax.training import rewards
 from srrl_jax.training.batch import UpdateBatch
-from srrl_jax.training.checkpoint import Checkpoints
-from srrl_jax.training.guards import SkippedUpdates, new_warnings
 
 RECIPE = ("checkpoint.every=1", "checkpoint.keep=5")
 

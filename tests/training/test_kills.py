@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from srrl_jax.run.checkpoint import Checkpoints
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,9 @@ _chance.shuffle(PLAN)
 CHILD = """
 import contextlib, sys
 from srrl_jax.telemetry import RunLog
-from srrl_jax.training import TrainConfig, train
-from srrl_jax.training.session import Session
+from srrl_jax.run import train
+from srrl_jax.training import TrainConfig
+from srrl_jax.run.session import Session
 phase, write = Session.phase, RunLog.write
 @contextlib.contextmanager
 def told_phase(self, name):

@@ -8,8 +8,8 @@ from flax import nnx
 
 from srrl_jax.checkpoints import load_model
 from srrl_jax.parallel import make_mesh
+from srrl_jax.run import train
 from srrl_jax.sampling import Completion
-from srrl_jax.training import train
 from srrl_jax.training.batch import pack_groups, split_batch
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.update import completion_logprobs

@@ -12,12 +12,12 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader
 from srrl_jax.grading.asking import GradingItem
 from srrl_jax.rubrics import Criterion, parse_verdict
+from srrl_jax.run import train
+from srrl_jax.run.replay import replay
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import grader_pairs, oracle
-from srrl_jax.training import train
 from srrl_jax.training.lessons import load_lessons, with_lessons, with_replies
-from srrl_jax.training.replay import replay
 
 CHECKPOINT = "srrl_jax/tinyworld/checkpoint"
 

@@ -11,7 +11,7 @@ import pytest
 from srrl_jax import cli, locking
 from srrl_jax.errors import InputError
 from srrl_jax.locking import sole_writer
-from srrl_jax.training import train
+from srrl_jax.run import train
 
 HOLDER = """
 import sys
@@ -105,7 +105,7 @@ def test_who_lost_its_lease_ends_at_once(lease, monkeypatch, capsys):
     ],
 )
 def test_commands_do_not_share_what_they_write(command, stem, recipe, tmp_path, monkeypatch, capsys):
-    from srrl_jax.training.run import write_config
+    from srrl_jax.run.checks import write_config
 
     monkeypatch.chdir(tmp_path)
     write_config(recipe("run"))

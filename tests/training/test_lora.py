@@ -11,8 +11,8 @@ from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.models.lora import add_adapters
 from srrl_jax.parallel import make_mesh
-from srrl_jax.training import train
-from srrl_jax.training.export import export
+from srrl_jax.run import train
+from srrl_jax.run.export import export
 from srrl_jax.training.learner import Learner, network
 
 LORA = (

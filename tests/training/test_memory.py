@@ -11,10 +11,10 @@ from srrl_jax.errors import InputError
 from srrl_jax.evaluation.judge import Checkpoint
 from srrl_jax.parallel import make_mesh
 from srrl_jax.programs import Compiled, Program, compile_ahead, peak_bytes
+from srrl_jax.run.session import Session
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training.checkpoint import TrainState
 from srrl_jax.training.memory import fits
-from srrl_jax.training.session import Session
+from srrl_jax.training.update import TrainState
 
 REFUSAL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 51.00GiB.\nmore lines"
 

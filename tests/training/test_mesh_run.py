@@ -16,7 +16,8 @@ CHILD = """
 import json, sys, tempfile
 from srrl_jax.errors import InputError
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import TrainConfig, train
+from srrl_jax.run import train
+from srrl_jax.training import TrainConfig
 seen = []
 for overrides in json.loads(sys.argv[2]):
     run_dir = sys.argv[3] if sys.argv[4] == "resume" else tempfile.mkdtemp(dir=sys.argv[3])

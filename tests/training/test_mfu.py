@@ -10,9 +10,9 @@ import pytest
 from srrl_jax.models import counts
 from srrl_jax.models.counts import Tree
 from srrl_jax.models.presets import PRESETS
+from srrl_jax.run.session import each_compilation
 from srrl_jax.sampling import Completion
 from srrl_jax.training.mfu import model_flops, update_mfu
-from srrl_jax.training.session import each_compilation
 
 MODEL = PRESETS["qwen3-8b"]
 

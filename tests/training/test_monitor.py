@@ -8,9 +8,10 @@ import pytest
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Verdict
 from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.run import train
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import oracle_score
-from srrl_jax.training import TrainConfig, train
+from srrl_jax.training import TrainConfig
 from srrl_jax.training.config import EvalConfig
 from srrl_jax.training.experience import Graded, Task
 from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, parting

@@ -13,12 +13,13 @@ from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.run import launch, train
+from srrl_jax.run.replay import replay
 from srrl_jax.sampling import Completion
-from srrl_jax.training import loop, train
+from srrl_jax.training import loop
 from srrl_jax.training.config import RewardConfig
 from srrl_jax.training.experience import Graded, Task
 from srrl_jax.training.own import OwnJudge, bring
-from srrl_jax.training.replay import replay
 from srrl_jax.training.rewards import training_rewards
 
 from .conftest import WORLD
@@ -132,7 +133,7 @@ def test_one_with_other_arguments_is_refused(recipe, tmp_path, own, message):
 def test_one_that_fails_is_tried_before_anything_is_compiled_or_written(
     recipe, tmp_path, monkeypatch, own, message
 ):
-    monkeypatch.setattr(loop, "make_mesh", lambda _: pytest.fail("went on"))
+    monkeypatch.setattr(launch, "make_mesh", lambda _: pytest.fail("went on"))
     with pytest.raises(InputError, match=message):
         train(recipe(tmp_path / "run"), **own)
     assert not (tmp_path / "run").exists()

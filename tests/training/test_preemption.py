@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from srrl_jax.run import train
+from srrl_jax.run.preemption import EXIT_CODE, Interrupted, Preempted, Preemption
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import loop, train
-from srrl_jax.training.preemption import EXIT_CODE, Interrupted, Preempted, Preemption
+from srrl_jax.training import loop
 
 from .conftest import FOUR
 
@@ -42,7 +43,7 @@ def test_without_a_safe_point_the_process_ends_in_time():
     child = """
 import os, signal, sys, threading, time
 import numpy as np
-from srrl_jax.training.preemption import Preemption
+from srrl_jax.run.preemption import Preemption
 def kill():
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -67,7 +68,7 @@ print("came to its end")
 def test_a_second_sigint_leaves_at_once():
     child = """
 import os, signal, threading
-from srrl_jax.training.preemption import Preemption
+from srrl_jax.run.preemption import Preemption
 told = threading.Event()
 with Preemption(60, None, told.set) as preemption:
     preemption.check_between_steps()

@@ -12,10 +12,11 @@ from srrl_jax.checkpoints import save_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.parallel import make_mesh
+from srrl_jax.run.checks import run_programs
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
 from srrl_jax.training.learner import Learner, network
-from srrl_jax.training.run import load_tasks, run_programs
+from srrl_jax.training.tasks import load_tasks
 
 COPIES = ("relayout", "empty caches")  # which compile in well under a second
 

@@ -20,13 +20,14 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import GradingItem, Verdict
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example
+from srrl_jax.run import train
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import TrainConfig, learner, train
+from srrl_jax.training import TrainConfig, learner
 from srrl_jax.training.experience import Graded, Task, make_actor
 from srrl_jax.training.learner import Learner
 from srrl_jax.training.rewards import relative_rewards, training_rewards
-from srrl_jax.training.run import load_tasks
+from srrl_jax.training.tasks import load_tasks
 from srrl_jax.training.update import make_optimizer, make_update
 
 from .conftest import FOUR, WORLD

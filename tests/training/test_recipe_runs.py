@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from srrl_jax.actor import Actor
+from srrl_jax.run import train
 from srrl_jax.sampling import Sampler
-from srrl_jax.training import learner, train
+from srrl_jax.training import learner
 
 from .conftest import WORLD
 

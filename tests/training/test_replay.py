@@ -10,8 +10,8 @@ import pytest
 
 from srrl_jax import cli
 from srrl_jax.errors import InputError
-from srrl_jax.training.records import tokens_path
-from srrl_jax.training.replay import replay
+from srrl_jax.run.replay import replay
+from srrl_jax.run.tokens import tokens_path
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from srrl_jax.errors import InputError
+from srrl_jax.run import train
+from srrl_jax.run.checkpoint import Checkpoints, Position
 from srrl_jax.telemetry import read_jsonl
-from srrl_jax.training import train
-from srrl_jax.training.checkpoint import Checkpoints, Position
 
 from .conftest import FOUR
 

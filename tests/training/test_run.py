@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import make_mesh
-from srrl_jax.training import train
+from srrl_jax.run import train
+from srrl_jax.run.checks import check_identity, check_run, write_config
 from srrl_jax.training.learner import Learner, network
-from srrl_jax.training.run import check_identity, check_run, load_tasks, write_config
+from srrl_jax.training.tasks import load_tasks
 
 from .conftest import WORLD
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from srrl_jax.errors import InputError
-from srrl_jax.training import TrainConfig, train
+from srrl_jax.run import train
+from srrl_jax.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs/demo.yaml"

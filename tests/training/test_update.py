@@ -10,8 +10,9 @@ from flax import nnx
 
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config, branch_logprobs
+from srrl_jax.run import train
 from srrl_jax.sampling import RowLengths, Sampler
-from srrl_jax.training import loop, train
+from srrl_jax.training import loop
 from srrl_jax.training.batch import pack_groups, split_batch
 from srrl_jax.training.config import OptimizerConfig
 from srrl_jax.training.shapes import UpdateShapes

@@ -8,8 +8,8 @@ from etils import epath
 
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main, to_host
+from srrl_jax.run.tokens import write_npz
 from srrl_jax.telemetry.signs import warnings_of
-from srrl_jax.training.records import write_npz
 
 
 def new_warnings(metrics: dict[str, float], before: dict[str, float]) -> list[str]:

@@ -14,18 +14,19 @@ from srrl_jax import storage
 from srrl_jax.errors import InputError
 from srrl_jax.parallel import is_main
 from srrl_jax.programs import Compiled, DoesNotFit, Program, compile_ahead
+from srrl_jax.run.checkpoint import Checkpoints, Position
+from srrl_jax.run.checks import write_config
+from srrl_jax.run.guards import SkippedUpdates, new_warnings
+from srrl_jax.run.preemption import Preempted, Preemption
+from srrl_jax.run.tokens import tokens_path, write_tokens
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry import LiveTable, RunLog
 from srrl_jax.telemetry.trackers import Trackers
 from srrl_jax.training.batch import UpdateBatch
-from srrl_jax.training.checkpoint import Checkpoints, Position, TrainState
 from srrl_jax.training.config import TrainConfig
-from srrl_jax.training.guards import SkippedUpdates, new_warnings
 from srrl_jax.training.memory import fits
 from srrl_jax.training.monitor import parting
-from srrl_jax.training.preemption import Preempted, Preemption
-from srrl_jax.training.records import tokens_path, write_tokens
-from srrl_jax.training.run import write_config
+from srrl_jax.training.update import TrainState
 
 # Until the update a step has changed nothing, so the state is still that of the step before.
 _SAFE = ("rollout", "grade", "logprob")
@@ -43,7 +44,6 @@ class Session:
       step: steps done, all written down.
       fresh: whether nothing has been done at all, not even the evaluation before the first step.
       times: of the step under way, to be added to.
-      skips: the updates that were skipped.
       warned: whether the last evaluation ends the run, see `eval.stop_on_warning`.
     """
 
@@ -59,13 +59,18 @@ class Session:
         self._run_dir = storage.locate(config.run_dir)
         self.step, self.fresh, self.warned = 0, True, False
         self.times: dict[str, float] = {}
-        self.skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
+        self._skips = SkippedUpdates(self._run_dir, config.optimizer.max_skipped)
         self._saved: int | None = None
         self._next_beat = 0.0
         self._compiled: list[Compiled] = []  # ahead, all that was known
         self._state: TrainState | None = None
         self._metrics: dict[str, float] = {}
         self._phase = ""  # the one under way, or the one that failed
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were skipped so far because they were not finite."""
+        return self._skips.total
 
     def __enter__(self) -> Self:
         c = self._config.checkpoint
@@ -104,7 +109,7 @@ class Session:
         position, self._state, messages = found
         self.step = self._saved = position.step
         self.fresh = False
-        self.skips.total, self.skips.in_a_row = position.skipped, position.skipped_in_a_row
+        self._skips.total, self._skips.in_a_row = position.skipped, position.skipped_in_a_row
         self._live.resume(self.step)
         for message in messages:
             self._event("damaged checkpoint", message)
@@ -190,7 +195,7 @@ class Session:
     def note_skipped(self, step: int, learnt: Sequence[dict], minibatches: Sequence[UpdateBatch]) -> None:
         """Counts and tells of a step's updates that were skipped."""
         with self._disk_errors():
-            for path in self.skips.note(step, learnt, minibatches):
+            for path in self._skips.note(step, learnt, minibatches):
                 self._event("skipped update", f"loss or gradient not finite; its batch is {path}", step)
 
     def write(
@@ -221,7 +226,7 @@ class Session:
         self._live.update(step, metrics | self.times)
         self.times.clear()  # so the next line tells how long this checkpoint took
         self.step, self._state, self._metrics, self.fresh = step, state, metrics, False
-        self.skips.check()
+        self._skips.check()
         if step % self._config.checkpoint.every == 0 or step == self._config.steps or self.warned:
             self._save()
 
@@ -229,7 +234,7 @@ class Session:
         if self.step == self._saved or self.step == 0:
             return  # the state before the first step is made anew as fast
         with self.phase("checkpoint"):
-            c, skips = self._config, self.skips
+            c, skips = self._config, self._skips
             row = self.step * c.prompts_per_step
             position = Position(self.step, c.seed, row, skips.total, skips.in_a_row)
             self._checkpoints.save(position, self._state, self._metrics)

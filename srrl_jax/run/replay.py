@@ -14,17 +14,18 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading import Verdict
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.rubrics import Criterion, Example, score_response
+from srrl_jax.run.checkpoint import Checkpoints
+from srrl_jax.run.tokens import read_tokens, tokens_path
 from srrl_jax.telemetry import iter_jsonl
-from srrl_jax.training.checkpoint import Checkpoints
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Graded
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.lessons import with_lessons
+from srrl_jax.training.metrics import completion_metrics, update_metrics
 from srrl_jax.training.monitor import eval_metrics
 from srrl_jax.training.own import Reward, bring
-from srrl_jax.training.records import completion_metrics, read_tokens, tokens_path, update_metrics
 from srrl_jax.training.rewards import relative_rewards, training_rewards
-from srrl_jax.training.run import load_tasks
+from srrl_jax.training.tasks import load_tasks
 
 _ROUNDING = 1e-4  # relative, and absolute: for values of the update on another machine
 
@@ -133,7 +134,7 @@ def replay(
 def _other(run_dir: epath.Path, name: str) -> InputError:
     return InputError(
         f"{run_dir}: it was trained with another {name}; give replay the same, by "
-        f"srrl_jax.training.replay.replay(run_dir, step, {name}=...)"
+        f"srrl_jax.run.replay.replay(run_dir, step, {name}=...)"
     )
 
 

@@ -19,13 +19,7 @@ from srrl_jax.parallel import fingerprint, in_memory
 from srrl_jax.programs import DoesNotFit
 from srrl_jax.training.config import CheckpointConfig
 from srrl_jax.training.memory import fits
-
-
-class TrainState(NamedTuple):
-    """What an update changes: the policy's `nnx.state` and the optimizer's state."""
-
-    params: Any
-    opt_state: Any
+from srrl_jax.training.update import TrainState
 
 
 class Position(NamedTuple):
@@ -35,7 +29,7 @@ class Position(NamedTuple):
       step: steps done.
       seed: that all random keys are folded from.
       row: place of the next step's first row in the endless sequence of epochs.
-      skipped, skipped_in_a_row: see `srrl_jax.training.guards.SkippedUpdates`.
+      skipped, skipped_in_a_row: see `srrl_jax.run.guards.SkippedUpdates`.
     """
 
     step: int

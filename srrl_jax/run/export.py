@@ -20,8 +20,8 @@ from srrl_jax.errors import InputError
 from srrl_jax.locking import sole_writer
 from srrl_jax.models.lora import add_adapters, merge_adapters
 from srrl_jax.parallel import make_mesh, shardings
-from srrl_jax.training.card import write_card
-from srrl_jax.training.checkpoint import Checkpoints
+from srrl_jax.run.card import write_card
+from srrl_jax.run.checkpoint import Checkpoints
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.update import NOTHING
 

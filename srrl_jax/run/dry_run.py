@@ -11,12 +11,13 @@ from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.parallel import computing, make_mesh
 from srrl_jax.parallel.chips import GIB
 from srrl_jax.programs import Compiled, compile_ahead
+from srrl_jax.run.checks import check_run, run_programs
 from srrl_jax.sampling.shapes import default_budget
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
 from srrl_jax.training.learner import Learner, network
 from srrl_jax.training.memory import fits
-from srrl_jax.training.run import Tasks, check_run, load_tasks, run_programs
+from srrl_jax.training.tasks import Tasks, load_tasks
 
 
 def dry_run(config: TrainConfig) -> None:
