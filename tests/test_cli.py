@@ -80,7 +80,7 @@ def test_bad_values(refused):
     assert "unknown key 'optimizer.learning_rte'" in refused("optimizer.learning_rte=1")
     assert "steps: Input should be a valid integer" in refused("steps=many")
     assert "form key=value" in refused("steps")
-    assert "at least 2" in refused("group_size=1")
+    assert "group_size: Input should be greater than or equal to 2, not 1" in refused("group_size=1")
     assert "asks for a multiple of 1024 devices" in refused("mesh.data=1024")
 
 
