@@ -8,7 +8,7 @@ UNWRITTEN = ("--learning-rate", "2e-3")
 BASES = {"strong": (), "middling": ("--noise", "0.4"), "weak": ("--noise", "0.6")}
 BASES |= {"direct": (*UNWRITTEN, "--yes", "0", "--steps", "200")}
 BASES |= {"yes": (*UNWRITTEN, "--yes", "0.7", "--steps", "240")}
-BASES |= {"harder": ("--harder", "--steps", "300", "--learning-rate", "2e-3")}
+BASES |= {"harder": ("--harder", "--steps", "150", "--learning-rate", "2e-3")}
 SIZES = ("prompts_per_step=8", "group_size=4", "optimizer.microbatch=8")
 LEARN = (*SIZES, "steps=16", "optimizer.learning_rate=3e-4", "eval.every=16", "eval.rows=64")
 LEARN += ("eval.frozen=false", "checkpoint.every=16")

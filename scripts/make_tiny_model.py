@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_model.py [--steps 1000] [--out srrl_jax/tinyworld/checkpoint]
     python scripts/make_tiny_model.py --noise 0.6 --out runs/noisy      # the embedded one, made worse
-    python scripts/make_tiny_model.py --harder --steps 300 --learning-rate 2e-3 --out runs/harder
+    python scripts/make_tiny_model.py --harder --steps 150 --learning-rate 2e-3 --out runs/harder
     python scripts/make_tiny_model.py --yes 0.7 --steps 240 --learning-rate 2e-3 --out runs/yes
 
 The model learns two things from the tiny world's corpus: to answer guests with mixed quality, and to
