@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from srrl_jax import TrainConfig, train
 from srrl_jax.telemetry import read_jsonl
 from srrl_jax.tinyworld import easy_rows
-from srrl_jax.training import TrainConfig, train
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
