@@ -21,7 +21,7 @@ from srrl_jax.programs import Program, peak_bytes, placed
 from srrl_jax.sampling import Sampler
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import samplers
-from srrl_jax.training.learner import minibatch_shapes, network, update_programs
+from srrl_jax.training.learner import build_model, minibatch_shapes, update_programs
 from srrl_jax.training.shapes import RunLengths, UpdateShapes, plan_update
 from srrl_jax.training.update import NOTHING, TrainState, make_optimizer, make_update
 
@@ -91,7 +91,7 @@ class Setup(NamedTuple):
         mesh = make_mesh(config.mesh, devices)
         whole = NamedSharding(mesh, P())
         with jax.set_mesh(mesh):
-            model = network(config, model_config)
+            model = build_model(config, model_config)
             shapes = plan_update(config, model, lengths.longest_prompt, mesh, memory)
             rollout, grading = samplers(
                 model, config, mesh, lengths, stop_ids=(0, 1), allowed=model_config.vocab_size, memory=memory

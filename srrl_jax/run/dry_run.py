@@ -15,7 +15,7 @@ from srrl_jax.run.checks import check_run, run_programs
 from srrl_jax.sampling.shapes import default_budget
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.memory import fits
 from srrl_jax.training.tasks import Tasks, load_tasks
 
@@ -38,10 +38,10 @@ def dry_run(config: TrainConfig) -> None:
         console.print(f"dropped: {row}", markup=False, soft_wrap=True)
     mesh, lengths = make_mesh(config.mesh), tasks.lengths(config)
     with computing(mesh, config.dtype, config.matmul_precision), Progress(console=console) as progress:
-        model = network(config)
+        model = build_model(config)
         actor = make_actor(model, tokenizer, config, mesh, lengths)
         learner = Learner(model, config, mesh, lengths.longest_prompt)
-        programs = run_programs(config, actor, learner, learner.start())
+        programs = run_programs(config, actor, learner, learner.init_state())
         bar = progress.add_task("compiling", total=len(programs))
 
         def told(compiled: Compiled, total: int) -> None:

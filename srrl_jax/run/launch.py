@@ -11,7 +11,7 @@ from srrl_jax.run.checks import check_identity, check_processes, check_run, run_
 from srrl_jax.run.session import OnStep, Session
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.loop import train_loop
 from srrl_jax.training.monitor import open_teacher
 from srrl_jax.training.own import GraderFunction, Reward, bring, try_out
@@ -68,7 +68,7 @@ def train(
         open_teacher(config) as teacher,
         sole_writer(f"{config.run_dir}/writer"),
     ):
-        model = network(config)
+        model = build_model(config)
         lengths = tasks.lengths(config)
         actor = make_actor(model, tokenizer, config, mesh, lengths)
         learner = Learner(model, config, mesh, lengths.longest_prompt)
@@ -76,7 +76,7 @@ def train(
         changes += check_identity(config, weights)
 
         with Session(config, changes, identity | weights, callbacks) as session:
-            state = session.resume(learner.start())
+            state = session.resume(learner.init_state())
             session.note_dropped(tasks.dropped)
             session.compile_ahead(run_programs(config, actor, learner, state), mesh)
             return train_loop(config, tokenizer, tasks, actor, learner, state, session, own, teacher)

@@ -19,12 +19,12 @@ from srrl_jax.run.tokens import read_tokens, tokens_path
 from srrl_jax.telemetry import iter_jsonl
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import Graded
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.lessons import with_lessons
 from srrl_jax.training.metrics import completion_metrics, update_metrics
 from srrl_jax.training.monitor import eval_metrics
 from srrl_jax.training.own import Reward, bring
-from srrl_jax.training.rewards import relative_rewards, training_rewards
+from srrl_jax.training.rewards import compute_advantages, training_rewards
 from srrl_jax.training.tasks import load_tasks
 
 _ROUNDING = 1e-4  # relative, and absolute: for values of the update on another machine
@@ -86,8 +86,8 @@ def replay(
         computing(mesh, config.dtype, config.matmul_precision),
         Checkpoints(run_dir, config.checkpoint, read_only=True) as checkpoints,
     ):
-        learner = Learner(network(config), config, mesh, run_tasks.lengths(config).longest_prompt)
-        state = learner.start()
+        learner = Learner(build_model(config), config, mesh, run_tasks.lengths(config).longest_prompt)
+        state = learner.init_state()
         start = max((done for done in checkpoints.steps() if done < step), default=0)
         if start:
             _, state = checkpoints.restore(start, like=state)
@@ -107,9 +107,9 @@ def replay(
                 own.reward,
                 (config.seed, current),
             )
-            advantages, scored = relative_rewards(rewards, config.loss, config.reward)
+            advantages, scored = compute_advantages(rewards, config.loss, config.reward)
             minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)
-            if learner.scores:
+            if learner.needs_logprobs:
                 minibatches = learner.with_logprobs(state.params, minibatches)
             state, learnt = learner.update(state, minibatches)
 

@@ -25,7 +25,7 @@ from srrl_jax.telemetry.trackers import Trackers
 from srrl_jax.training.batch import UpdateBatch
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.memory import fits
-from srrl_jax.training.monitor import parting
+from srrl_jax.training.monitor import divergence_warnings
 from srrl_jax.training.update import TrainState
 
 # Until the update a step has changed nothing, so the state is still that of the step before.
@@ -211,7 +211,7 @@ class Session:
         Raises:
           InputError: the disk is full, or the last updates were all skipped.
         """
-        parted = parting(metrics, self._config.eval)
+        parted = divergence_warnings(metrics, self._config.eval)
         self.warned = self._config.eval.stop_on_warning and bool(parted) and step > 0
         if is_main():
             with self._disk_errors():

@@ -43,7 +43,7 @@ from srrl_jax.training.update import (
 )
 
 
-def network(config: TrainConfig, sizes: Qwen3Config | None = None) -> Qwen3:
+def build_model(config: TrainConfig, sizes: Qwen3Config | None = None) -> Qwen3:
     """The policy's structure, with its adapters but without values; of `sizes` instead of the model's own.
 
     Raises:
@@ -159,7 +159,7 @@ class Learner:
         return f"{int(fingerprint(self._base if self._config.lora.rank else self._start)):08x}"
 
     @fits("weights")
-    def start(self) -> TrainState:
+    def init_state(self) -> TrainState:
         """The state before the first update. To be called once: updates donate its arrays."""
         params, self._start = self._start, None
         # The optimizer's counts too belong on the mesh: else each process has its own, which Orbax refuses.
@@ -195,7 +195,7 @@ class Learner:
         """What updates, log-probabilities before them, and checkpoints run, given a state or its shapes."""
         state, base = jax.tree.map(_on_device, shapes_of(state)), shapes_of(self._base)
         minibatches = minibatch_shapes(self._config, self.shapes, self._mesh)
-        weights = self.policy_shapes(state.params) if self.scores else None
+        weights = self.policy_shapes(state.params) if self.needs_logprobs else None
         found = update_programs(self._graphdef, self._update, self._config, minibatches, state, base, weights)
         if self._cast:
             found.append(Program("weights", f"in {self._config.dtype}", self._cast, (state.params,)))

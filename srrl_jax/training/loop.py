@@ -27,7 +27,7 @@ from srrl_jax.training.metrics import completion_metrics, rates, sample_rows, up
 from srrl_jax.training.mfu import update_mfu
 from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, other_judges
 from srrl_jax.training.own import Own
-from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
+from srrl_jax.training.rewards import compute_advantages, training_rewards, zero_variance_groups
 from srrl_jax.training.tasks import Tasks
 from srrl_jax.training.update import TrainState
 
@@ -158,19 +158,19 @@ def train_loop(
         groups, graded, rewards = experience(batch_tasks, step, TRAIN)
         made = [*groups], [*graded]
         for attempt in range(config.reward.resample):
-            if not (alike := np.flatnonzero(without_variance(rewards)).tolist()):
+            if not (alike := np.flatnonzero(zero_variance_groups(rewards)).tolist()):
                 break
             again = experience([batch_tasks[i] for i in alike], step, HELD_OUT + 1 + attempt)
             made = made[0] + again[0], made[1] + again[1]
             for i, *new in zip(alike, *again, strict=True):
                 groups[i], graded[i], rewards[i] = new
         # 3. Rewards relative to the group; an answer without a reward does not count.
-        advantages, scored = relative_rewards(rewards, config.loss, config.reward)
+        advantages, scored = compute_advantages(rewards, config.loss, config.reward)
         minibatches = learner.minibatches(batch_tasks, groups, scored, advantages)
 
         # 4. How likely the frozen reference finds the completions, and, where it is not taken
         #    from the sampler, the policy itself before its updates.
-        if learner.scores:
+        if learner.needs_logprobs:
             with session.phase("logprob"):
                 minibatches = learner.with_logprobs(state.params, minibatches)
 

@@ -8,7 +8,7 @@ import numpy as np
 from srrl_jax.sampling import Completion
 from srrl_jax.telemetry.signs import completion_shares, verdict_shares
 from srrl_jax.training.experience import Graded, Task
-from srrl_jax.training.rewards import without_variance
+from srrl_jax.training.rewards import zero_variance_groups
 
 
 def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, float]:
@@ -27,7 +27,7 @@ def completion_metrics(rows: Sequence[dict], rewards: np.ndarray) -> dict[str, f
     metrics = {
         "reward/mean": _mean(rewards[~np.isnan(rewards)]),
         "reward/std": _mean([row.std(ddof=1) for row in known if len(row) > 1]),
-        "reward/zero_std_groups": _mean(without_variance(rewards)),
+        "reward/zero_std_groups": _mean(zero_variance_groups(rewards)),
         "completions/mean_length": _mean([row["tokens"] for row in rows]),
         **completion_shares((row["prompt_id"], row["response"], row["truncated"]) for row in rows),
         **verdict_shares(criterion["verdict"] for criterion in judged),

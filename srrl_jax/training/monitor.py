@@ -106,7 +106,7 @@ def control_metrics(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
     }
 
 
-def parting(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
+def divergence_warnings(metrics: Mapping[str, float], config: EvalConfig) -> list[str]:
     """A warning for each judge whose score and the live policy's are further apart than `config.margin`.
 
     And one where the frozen start agrees with fewer verdicts than `config.agreement`: what one finds too

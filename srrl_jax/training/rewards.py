@@ -84,19 +84,19 @@ def _with_dropout(
     return [[met if keep else None for met, keep in zip(row, kept, strict=True)] for row in verdicts]
 
 
-def without_variance(rewards: np.ndarray) -> np.ndarray:
+def zero_variance_groups(rewards: np.ndarray) -> np.ndarray:
     """bool [N], true where fewer than two rewards of a group [N, G] are known, or all are the same."""
     known = ~np.isnan(rewards)
     top, bottom = (np.where(known, rewards, end) for end in (-np.inf, np.inf))
     return (known.sum(-1) < 2) | (top.max(-1) == bottom.min(-1))
 
 
-def relative_rewards(
+def compute_advantages(
     rewards: np.ndarray, loss: LossConfig, config: RewardConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Advantages float32 [N, G] of rewards within their groups, and bool [N, G]: whose tokens count."""
     scored = ~np.isnan(rewards)
     advantages = np.asarray(group_advantages(rewards, scored, loss.advantage))
     if config.zero_variance == "drop":
-        scored &= ~without_variance(rewards)[:, None]
+        scored &= ~zero_variance_groups(rewards)[:, None]
     return advantages, scored

@@ -20,7 +20,7 @@ from srrl_jax.planning.chips import Topology
 from srrl_jax.planning.plan import Assumptions, make_plan, model_config
 from srrl_jax.planning.programs import Compiled, bytes_here
 from srrl_jax.planning.table import render
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 
 MEANS = Assumptions(
     completion=32, verdict=10, criteria=4, longest_prompt=80, longest_criterion=16, most_criteria=8
@@ -180,8 +180,8 @@ def test_a_plan_holds_what_training_holds(planned, make_setup, rank):
     config = planned("mesh.fsdp=1", "mesh.tensor=1", f"lora.rank={rank}", "kl_coef=0.1")
     setup = make_setup(config, jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
-        learner = Learner(network(config), config, setup.mesh, longest_prompt=32)
-        beside, state = learner.frozen, learner.start()
+        learner = Learner(build_model(config), config, setup.mesh, longest_prompt=32)
+        beside, state = learner.frozen, learner.init_state()
         everything = learner.policy(state.params)
 
     def facts(tree):

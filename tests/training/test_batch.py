@@ -9,7 +9,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.parallel import make_mesh
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import pack_groups, split_batch
-from srrl_jax.training.learner import network
+from srrl_jax.training.learner import build_model
 from srrl_jax.training.shapes import UpdateShapes, plan_update, sampling_budget
 
 
@@ -56,7 +56,7 @@ def test_the_mask_leaves_out_padding_and_completions_without_a_reward():
 def test_a_microbatch_is_what_fits(recipe, overrides, memory, microbatch):
     whole = ("prompts_per_step=8", "optimizer.microbatch=null", "optimizer.minibatches=1", "group_size=4")
     config = recipe("unused", *whole, *overrides)
-    found = plan_update(config, network(config), 33, make_mesh(), memory)
+    found = plan_update(config, build_model(config), 33, make_mesh(), memory)
     assert (found.prompt, found.microbatch) == (40, microbatch)
     assert found.completions == ((1000, 3000) if overrides == ("rollout.max_new_tokens=3000",) else (64,))
     assert found.completion(7) == found.completions[0] and found.completion(64) == found.completions[0]
@@ -66,7 +66,7 @@ def test_the_backward_pass_computes_again_what_does_not_fit(recipe):
     """Least of all first, unless that leaves room for a few tokens alone."""
     whole = ("prompts_per_step=8", "optimizer.microbatch=null", "optimizer.minibatches=1", "group_size=4")
     config = recipe("unused", *whole, "optimizer.remat=auto", "rollout.max_new_tokens=3000")
-    model, mesh = network(config), make_mesh()
+    model, mesh = build_model(config), make_mesh()
     found = [plan_update(config, model, 33, mesh, int(1.02**k)) for k in range(1400, 700, -1)]
     ways = [shapes.remat for shapes in found]
     assert ways == sorted(ways, key=["none", "dots", "full"].index) and set(ways) == {"none", "dots", "full"}
@@ -82,7 +82,7 @@ def test_sampling_takes_what_training_leaves(recipe, on_host):
         config = dataclasses.replace(
             config, reference="host", optimizer=dataclasses.replace(config.optimizer, moments="host")
         )
-    model, memory = network(config), 10**8
+    model, memory = build_model(config), 10**8
     numbers = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     held = numbers * (4 + 4 + (0 if on_host else 4 + 2 + 4))  # learnt, as decoded; moments, reference
     free = sampling_budget(config, model, make_mesh(), memory)

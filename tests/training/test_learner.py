@@ -11,7 +11,7 @@ from srrl_jax.parallel import make_mesh
 from srrl_jax.run import train
 from srrl_jax.sampling import Completion
 from srrl_jax.training.batch import pack_groups, split_batch
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.update import completion_logprobs
 
 from .conftest import FOUR
@@ -22,8 +22,8 @@ def test_what_is_not_learnt_lies_in_the_type_of_the_computation(recipe, rank):
     """That changes no bit: a forward pass rounds weights of float32 all the same."""
     config = recipe("unused", "dtype=bfloat16", "kl_coef=0.1", f"lora.rank={rank}")
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        learner = Learner(network(config), config, mesh, longest_prompt=36)
-        learnt = learner.start().params
+        learner = Learner(build_model(config), config, mesh, longest_prompt=36)
+        learnt = learner.init_state().params
         frozen, policy = learner.frozen, learner.policy(learnt)
         assert {x.dtype for x in jax.tree.leaves(learnt)} == {jnp.dtype("float32")}
         for weights in (frozen, policy):
@@ -35,9 +35,9 @@ def test_what_is_not_learnt_lies_in_the_type_of_the_computation(recipe, rank):
         (part,) = split_batch(batch, 1, 1)
         whole = nnx.state(load_model(config.model))
         whole = nnx.merge_state(whole, learnt) if rank else whole
-        expected = completion_logprobs(nnx.graphdef(network(config)), whole, part, 1.0)
+        expected = completion_logprobs(nnx.graphdef(build_model(config)), whole, part, 1.0)
         for weights in (frozen, policy):
-            found = completion_logprobs(nnx.graphdef(network(config)), weights, part, 1.0)
+            found = completion_logprobs(nnx.graphdef(build_model(config)), weights, part, 1.0)
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 

@@ -13,7 +13,7 @@ from srrl_jax.models.lora import add_adapters
 from srrl_jax.parallel import make_mesh
 from srrl_jax.run import train
 from srrl_jax.run.export import export
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 
 LORA = (
     "lora.rank=2",
@@ -44,13 +44,13 @@ def run(recipe, tmp_path_factory):
 def learner(run):
     config, _ = run
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        return Learner(network(config), config, mesh, longest_prompt=36)
+        return Learner(build_model(config), config, mesh, longest_prompt=36)
 
 
 def test_at_first_the_policy_is_the_base(run, learner):
     config, _ = run
     base = load_model(config.model)
-    policy = nnx.merge(nnx.graphdef(network(config)), learner.frozen)
+    policy = nnx.merge(nnx.graphdef(build_model(config)), learner.frozen)
     np.testing.assert_array_equal(logprobs(policy), logprobs(base))
 
 
@@ -87,7 +87,7 @@ def test_an_export_is_merged(run, learner, tmp_path):
     config, end = run
     export(config.run_dir, tmp_path / "out")
     merged, base = load_model(tmp_path / "out"), load_model(config.model)
-    policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
+    policy = nnx.merge(nnx.graphdef(build_model(config)), learner.policy(end.params))
     np.testing.assert_allclose(logprobs(merged), logprobs(policy), rtol=0, atol=1e-5)
     assert np.abs(logprobs(merged) - logprobs(base)).max() > 1e-3
     left, right = (dict(nnx.to_flat_state(nnx.state(model))) for model in (merged, base))
@@ -102,7 +102,7 @@ def test_transformers_loads_an_export(run, learner, torch, tmp_path):
     config, end = run
     export(config.run_dir, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
+    policy = nnx.merge(nnx.graphdef(build_model(config)), learner.policy(end.params))
     tokens = np.concatenate([TREE.prefix[:1], TREE.branches[0, :1]], axis=1)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
@@ -123,7 +123,7 @@ def test_peft_loads_an_adapter_and_merges_it(run, learner, torch, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     assert theirs.peft_config["default"].base_model_name_or_path == config.model
-    policy = nnx.merge(nnx.graphdef(network(config)), learner.policy(end.params))
+    policy = nnx.merge(nnx.graphdef(build_model(config)), learner.policy(end.params))
     tokens = np.concatenate([TREE.prefix[:1], TREE.branches[0, :1]], axis=1)
     with torch.no_grad():
         beside = theirs(torch.from_numpy(tokens)).logits.numpy()
@@ -136,7 +136,7 @@ def test_alpha_weighs_adapters(run, learner, recipe):
     config, end = run
     twice = recipe("unused", *LORA, f"lora.alpha={2 * config.lora.alpha}")
     base, one, two = (
-        logprobs(nnx.merge(nnx.graphdef(network(c)), params))
+        logprobs(nnx.merge(nnx.graphdef(build_model(c)), params))
         for c, params in (
             (config, learner.frozen),
             (config, learner.policy(end.params)),

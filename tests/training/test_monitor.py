@@ -14,7 +14,7 @@ from srrl_jax.tinyworld import oracle_score
 from srrl_jax.training import TrainConfig
 from srrl_jax.training.config import EvalConfig
 from srrl_jax.training.experience import Graded, Task
-from srrl_jax.training.monitor import control_items, control_metrics, eval_metrics, parting
+from srrl_jax.training.monitor import control_items, control_metrics, divergence_warnings, eval_metrics
 from srrl_jax.viewer.report import write_report
 
 
@@ -57,7 +57,7 @@ def test_all_figures_by_hand():
 )
 def test_a_warning_needs_a_gap_over_the_margin(live, others, warned):
     metrics = {"eval/self": live} | {f"eval/{name}": score for name, score in others.items()}
-    messages = parting(metrics, EvalConfig(margin=0.1))
+    messages = divergence_warnings(metrics, EvalConfig(margin=0.1))
     assert len(messages) == len(warned)
     assert all(
         who in said and "eval.margin (0.1)" in said for who, said in zip(warned, messages, strict=True)
@@ -66,9 +66,9 @@ def test_a_warning_needs_a_gap_over_the_margin(live, others, warned):
 
 def test_verdicts_may_part_where_scores_do_not():
     metrics = {"eval/self": 0.2, "eval/frozen": 0.2, "grader/agreement_frozen": 0.7}
-    (message,) = parting(metrics, EvalConfig(agreement=0.75))
+    (message,) = divergence_warnings(metrics, EvalConfig(agreement=0.75))
     assert "0.700" in message and "eval.agreement (0.75)" in message
-    assert not parting(metrics, EvalConfig(agreement=0.7))
+    assert not divergence_warnings(metrics, EvalConfig(agreement=0.7))
 
 
 def test_a_policy_that_nobody_can_read_agrees_with_nobody():
@@ -77,7 +77,7 @@ def test_a_policy_that_nobody_can_read_agrees_with_nobody():
     metrics = eval_metrics([readable, *broken])
     assert metrics["grader/agreement_frozen"] == 1 / 9 and metrics["eval/unscorable"] == 8 / 9
     assert metrics["eval/self"] == 1  # of the one verdict that can be read
-    (message,) = parting(metrics, EvalConfig(margin=1))
+    (message,) = divergence_warnings(metrics, EvalConfig(margin=1))
     assert "0.111" in message and "0.889 of the policy's could not be read" in message
 
 
@@ -97,7 +97,7 @@ def test_controls_ask_for_positive_criteria_on_answers_that_cannot_meet_them():
 
 @pytest.mark.parametrize(("rate", "warned"), [(0.2, 0), (0.21, 1), (math.nan, 0)])
 def test_a_grader_that_finds_empty_answers_good_is_warned_of(rate, warned):
-    messages = parting({"grader/control_met_rate": rate}, EvalConfig(control_met=0.2))
+    messages = divergence_warnings({"grader/control_met_rate": rate}, EvalConfig(control_met=0.2))
     assert len(messages) == warned
     assert all("met by an empty answer" in message for message in messages)
 

@@ -15,7 +15,7 @@ from srrl_jax.parallel import make_mesh
 from srrl_jax.run.checks import run_programs
 from srrl_jax.training.config import TrainConfig
 from srrl_jax.training.experience import make_actor
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.tasks import load_tasks
 
 COPIES = ("relayout", "empty caches")  # which compile in well under a second
@@ -53,10 +53,10 @@ def test_default_yaml_on_real_rows_needs_at_most_12_programs(checkpoint, shared_
     assert len(tasks.train) == 400
     mesh, lengths = make_mesh(config.mesh), tasks.lengths(config)
     with jax.set_mesh(mesh):
-        model = network(config)
+        model = build_model(config)
         actor = make_actor(model, tokenizer, config, mesh, lengths)
         learner = Learner(model, config, mesh, lengths.longest_prompt)
-        programs = run_programs(config, actor, learner, learner.start())
+        programs = run_programs(config, actor, learner, learner.init_state())
     names = [program.name for program in programs]
     assert len(set(names)) == len(names)
     assert len([name for name in names if not name.endswith(COPIES)]) <= 12, names

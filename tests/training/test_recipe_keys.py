@@ -26,7 +26,7 @@ from srrl_jax.telemetry import read_jsonl
 from srrl_jax.training import TrainConfig, learner
 from srrl_jax.training.experience import Graded, Task, make_actor
 from srrl_jax.training.learner import Learner
-from srrl_jax.training.rewards import relative_rewards, training_rewards
+from srrl_jax.training.rewards import compute_advantages, training_rewards
 from srrl_jax.training.tasks import load_tasks
 from srrl_jax.training.update import make_optimizer, make_update
 
@@ -52,7 +52,7 @@ def roles(config: TrainConfig) -> Any:
     mesh, tokenizer = make_mesh(config.mesh), load_tokenizer(config.model)
     lengths = load_tasks(config, tokenizer).lengths(config)
     with jax.set_mesh(mesh):
-        made = make_actor(learner.network(config), tokenizer, config, mesh, lengths)
+        made = make_actor(learner.build_model(config), tokenizer, config, mesh, lengths)
     item = GradingItem(
         ({"role": "user", "content": "hello"},), "bye", (Criterion("kind", 1), Criterion("so", -1))
     )
@@ -101,7 +101,7 @@ def rewards(config: TrainConfig) -> Any:
     """Advantages, and which completions count."""
     tasks, groups, graded = experience()
     given = training_rewards(tasks, groups, graded, config.reward, config.rollout.max_new_tokens)
-    return [x.tolist() for x in relative_rewards(given, config.loss, config.reward)]
+    return [x.tolist() for x in compute_advantages(given, config.loss, config.reward)]
 
 
 def made(config: TrainConfig) -> tuple[Learner, list]:
@@ -109,13 +109,13 @@ def made(config: TrainConfig) -> tuple[Learner, list]:
     tasks, groups, _ = experience()
     groups = [group[:2] for group in groups]  # of at most 20 tokens
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        one = Learner(learner.network(config), config, mesh, longest_prompt=36)
+        one = Learner(learner.build_model(config), config, mesh, longest_prompt=36)
         return one, one.minibatches(tasks, groups, np.ones((4, 2), bool), np.ones((4, 2), np.float32))
 
 
 def weights(config: TrainConfig) -> Any:
     """What is learnt, before the first step."""
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(made(config)[0].start().params)]
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(made(config)[0].init_state().params)]
 
 
 def batches(config: TrainConfig) -> Any:
@@ -126,7 +126,7 @@ def batches(config: TrainConfig) -> Any:
 def update(config: TrainConfig) -> str:
     """The traced program of an update; the weights that it takes are float32."""
     one, (part, *_) = made(config)
-    state, graphdef = one.start(), nnx.graphdef(learner.network(config))
+    state, graphdef = one.init_state(), nnx.graphdef(learner.build_model(config))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     program = make_update(graphdef, config, make_optimizer(config.optimizer), one.shapes.remat)
     with computing(make_mesh(config.mesh), config.dtype, config.matmul_precision):
@@ -135,7 +135,7 @@ def update(config: TrainConfig) -> str:
 
 def where(config: TrainConfig) -> Any:
     """In which memory what is learnt lies between updates."""
-    return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(made(config)[0].start())]
+    return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(made(config)[0].init_state())]
 
 
 def optimized(config: TrainConfig) -> list[float]:
@@ -317,7 +317,7 @@ def test_the_reference_may_lie_in_host_memory(recipe, finished, logs, tmp_path):
         assert there == [row for row in here if row["step"] <= 2] != []
     config = recipe("unused", "reference=host")
     with jax.set_mesh(mesh := make_mesh(config.mesh)):
-        made = learner.Learner(learner.network(config), config, mesh, longest_prompt=36)
+        made = learner.Learner(learner.build_model(config), config, mesh, longest_prompt=36)
     stored, fetched = made._frozen, made.frozen
     for tree, kind in ((stored, "pinned_host"), (fetched, "device")):
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {kind}

@@ -6,7 +6,7 @@ from srrl_jax.rubrics import Criterion, Example
 from srrl_jax.sampling import Completion
 from srrl_jax.training.config import LossConfig, RewardConfig
 from srrl_jax.training.experience import Graded, Task
-from srrl_jax.training.rewards import relative_rewards, training_rewards, without_variance
+from srrl_jax.training.rewards import compute_advantages, training_rewards, zero_variance_groups
 
 RUBRIC = (
     Criterion("right", 6, ("axis:accuracy", "level:example")),
@@ -86,14 +86,14 @@ def test_what_tells_answers_apart_better_counts_more():
 
 def test_without_variance():
     table = np.array([[0.5, 0.5, np.nan], [0.1, 0.2, 0.2], [0.3, np.nan, np.nan], [np.nan] * 3], np.float32)
-    np.testing.assert_array_equal(without_variance(table), [True, False, True, True])
+    np.testing.assert_array_equal(zero_variance_groups(table), [True, False, True, True])
 
 
 @pytest.mark.parametrize(("zero_variance", "counts"), [("keep", [True, True]), ("drop", [False, True])])
 def test_groups_without_variance_count_only_where_kept(zero_variance, counts):
     """They have no advantage either way; dropped, they are not in the denominator of the loss."""
     table = np.array([[0.5, 0.5, 0.5], [0.1, np.nan, 0.3]], np.float32)
-    advantages, scored = relative_rewards(
+    advantages, scored = compute_advantages(
         table, LossConfig(advantage="mean"), RewardConfig(zero_variance=zero_variance)
     )
     np.testing.assert_allclose(advantages, [[0, 0, 0], [-0.1, 0, 0.1]], atol=1e-6)

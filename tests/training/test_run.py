@@ -14,7 +14,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.parallel import make_mesh
 from srrl_jax.run import train
 from srrl_jax.run.checks import check_identity, check_run, write_config
-from srrl_jax.training.learner import Learner, network
+from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.tasks import load_tasks
 
 from .conftest import WORLD
@@ -168,7 +168,7 @@ def test_each_of_the_files_that_results_depend_on_is_told_apart(recipe, tmp_path
     def identity() -> dict[str, str]:
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            weights = Learner(network(config), config, mesh, longest_prompt=36).fingerprint()
+            weights = Learner(build_model(config), config, mesh, longest_prompt=36).fingerprint()
         return load_tasks(config, load_tokenizer(config.model)).identity | {"weights": weights}
 
     before = identity()
