@@ -69,11 +69,11 @@ class Larger:
         self._params, (self._mesh, self._grader), self._calls = nnx.state(model), examiner(model), 0
 
     def grade(
-        self, items: Sequence[GradingItem], on_wave: Callable[[int, int], None] = lambda done, total: None
+        self, items: Sequence[GradingItem], on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[list[Verdict]]:
         self._calls += 1
         with jax.set_mesh(self._mesh):
-            return self._grader.grade(self._params, items, jax.random.key(self._calls), on_wave)
+            return self._grader.grade(self._params, items, jax.random.key(self._calls), on_progress)
 
 
 def answer(waiting: queue.Queue) -> None:

@@ -11,7 +11,7 @@ from srrl_jax.programs import Program
 from srrl_jax.rubrics import Message, visible_response
 from srrl_jax.sampling import Completion, Sampler, Weights
 
-OnWave = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class Answer(NamedTuple):
@@ -76,14 +76,16 @@ class Actor:
         samples: int,
         key: jax.Array,
         row_ids: Sequence[int],
-        on_wave: OnWave = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, which is read once for all of them.
 
         Those of prompt i draw from `key` folded with `row_ids[i]`; see `Sampler.generate` for the rest.
         """
         branches = [[[]] * samples for _ in prompts]
-        return self.sampler.generate(weights, prompts, branches, key, row_ids=row_ids, on_wave=on_wave)
+        return self.sampler.generate(
+            weights, prompts, branches, key, row_ids=row_ids, on_progress=on_progress
+        )
 
     def judge(self, weights: Any, key: jax.Array) -> WeightsJudge:
         """These weights as judge."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from srrl_jax.actor import Actor, Answer, OnWave, encode_prompt, read_completion
+from srrl_jax.actor import Actor, Answer, OnProgress, encode_prompt, read_completion
 from srrl_jax.checkpoints import load_model
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.errors import InputError
@@ -147,7 +147,7 @@ class Checkpoint:
         items: Sequence[GradingItem],
         key: jax.Array,
         config: JudgeConfig,
-        on_wave: OnWave = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> list[list[Verdict]]:
         """Verdicts of this checkpoint, drawn from `key` folded with the text of the items."""
         grader = Grader.at(config, self.tokenizer)
@@ -158,7 +158,7 @@ class Checkpoint:
         with fitting(f"{self.name}: grading", _LOWER), computing(self.mesh, self.dtype):
             if config.verdict == "generate":  # else nothing is decoded
                 self.weights = actor.prepare(self.weights)
-            return actor.judge(self.weights, key).grade(items, on_wave)
+            return actor.judge(self.weights, key).grade(items, on_progress)
 
     def _sampler(
         self, config: AnswerConfig | JudgeConfig, rows: Sequence[RowLengths], shared: Sequence[int] = ()
@@ -202,9 +202,9 @@ class CheckpointJudge:
         return dataclasses.asdict(self.config) | {"template_sha256": digest}
 
     def grade(
-        self, items: Sequence[GradingItem], on_wave: OnWave = lambda done, total: None
+        self, items: Sequence[GradingItem], on_progress: OnProgress = lambda done, total: None
     ) -> list[list[Verdict]]:
-        return self.checkpoint.grade(items, self.key, self.config, on_wave)
+        return self.checkpoint.grade(items, self.key, self.config, on_progress)
 
 
 def check_items(judge: Judge, items: Sequence[tuple[str, GradingItem]], longest: int = 0) -> None:

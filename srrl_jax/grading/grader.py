@@ -19,7 +19,7 @@ from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
 from srrl_jax.programs import Program
 from srrl_jax.sampling import RowLengths, Sampler
 
-OnWave = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class Grader:
@@ -114,7 +114,7 @@ class Grader:
         params: Any,
         items: Sequence[GradingItem],
         key: jax.Array,
-        on_wave: OnWave = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> list[list[Verdict]]:
         """One verdict for every criterion of every item.
 
@@ -122,14 +122,14 @@ class Grader:
           params: `nnx.state` of the grading model, or what `Sampler.prepare` made of it.
           key: a typed random key. Try t of item i draws from keys folded from (t, i, place among the
             criteria still unread); a constrained verdict from (i, place of the criterion).
-          on_wave: told replies finished and their total after each wave.
+          on_progress: told replies finished and their total after each wave.
         Raises:
           InputError: a criterion, or a number of criteria, that the sampler was not planned for.
         """
         encoded = [self.encode(item) for item in items]
         rows = [i for i, row in enumerate(encoded) if self._fits(*row)]
         ask = self._written if self.verdict == "generate" else self._forced
-        return ask(params, items, encoded, rows, key, on_wave)
+        return ask(params, items, encoded, rows, key, on_progress)
 
     def _fits(self, prefix: Sequence[int], branches: Sequence[Sequence[int]]) -> bool:
         """False where the response is too long, which is then unscorable: text tokenized anew can be longer
@@ -156,14 +156,14 @@ class Grader:
     def _branch(self, item: GradingItem, query: Sequence[int]) -> list[int]:
         return self.question.branch([item.criteria[c] for c in query])
 
-    def _forced(self, params, items, encoded, rows, key, on_wave) -> list[list[Verdict]]:
+    def _forced(self, params, items, encoded, rows, key, on_progress) -> list[list[Verdict]]:
         """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
         asked = [items[i] for i in rows]
         controls = {_rubric(item): item._replace(response="") for item in asked}
         if self.calibrate == "none":
             controls.clear()
         given = [*(encoded[i] for i in rows), *map(self.encode, controls.values())]
-        odds = self._log_odds(params, given, on_wave)
+        odds = self._log_odds(params, given, on_progress)
         biases = dict(zip(controls, map(_bias, controls.values(), odds[len(rows) :]), strict=True))
         odds = odds[: len(rows)]
         if controls:  # rounded, since an answer that is empty itself differs from its control by rounding
@@ -179,13 +179,13 @@ class Grader:
                 verdicts[i][c] = Verdict(met, "", 1, 0, float(_sigmoid(odd)), votes=votes)
         return verdicts
 
-    def _log_odds(self, params, encoded, on_wave) -> list[np.ndarray]:
+    def _log_odds(self, params, encoded, on_progress) -> list[np.ndarray]:
         """Of true against false, float64 [criteria] for each item that was encoded."""
         prefixes, branches = zip(*encoded, strict=True) if encoded else ((), ())
-        scores = self.sampler.score(params, prefixes, branches, self.question.candidates, on_wave)
+        scores = self.sampler.score(params, prefixes, branches, self.question.candidates, on_progress)
         return [(row[:, 0] - row[:, 1]).astype(float) for row in scores]
 
-    def _written(self, params, items, encoded, rows, key, on_wave) -> list[list[Verdict]]:
+    def _written(self, params, items, encoded, rows, key, on_progress) -> list[list[Verdict]]:
         """Samples replies and reads them; in 8 bits, also measures what these change in some of the first."""
         sampler, weights = self.sampler, self.sampler.prepare(params)
 
@@ -201,7 +201,7 @@ class Grader:
                 branches,
                 jax.random.fold_in(key, attempt),
                 row_ids=list(asked),
-                on_wave=on_wave,
+                on_progress=on_progress,
                 stop_ids=self._stop_ids[min(attempt, 1)],
             )
             opening, decode = self.question.opening, self.tokenizer.decode

@@ -17,7 +17,7 @@ class Judge(Protocol):
     name: str
 
     def grade(
-        self, items: Sequence[GradingItem], on_wave: Callable[[int, int], None] = ...
+        self, items: Sequence[GradingItem], on_progress: Callable[[int, int], None] = ...
     ) -> list[list[Verdict]]: ...
 
 
@@ -33,6 +33,6 @@ class WeightsJudge:
     def grade(
         self,
         items: Sequence[GradingItem],
-        on_wave: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Verdict]]:
-        return self.grader.grade(self.params, items, self.key, on_wave)
+        return self.grader.grade(self.params, items, self.key, on_progress)

@@ -77,19 +77,19 @@ class Teacher:
     def grade(
         self,
         items: Sequence[GradingItem],
-        on_wave: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Verdict]]:
         """One verdict for every criterion of every item.
 
         Args:
-          on_wave: told replies of a try and their total, as they arrive.
+          on_progress: told replies of a try and their total, as they arrive.
         Raises:
           InputError: the endpoint cannot be used, see `Endpoint.ask`; what it said is in the cache.
         """
         found = None
         if is_main():
             try:
-                found = self._poll(items, on_wave)
+                found = self._poll(items, on_progress)
             except InputError as error:
                 found = str(error)
         first, *_ = gather(found)
@@ -97,7 +97,7 @@ class Teacher:
             raise InputError(first)
         return [[Verdict(*verdict) for verdict in row] for row in first]
 
-    def _poll(self, items, on_wave) -> list[list[Verdict]]:
+    def _poll(self, items, on_progress) -> list[list[Verdict]]:
         votes, template = self.config.votes, self._template
         before = [grader_prompt(template, item.prompt, item.response) for item in items]
 
@@ -115,7 +115,7 @@ class Teacher:
                 for query in queries
                 for vote in range(votes)
             ]
-            replies = iter(self._endpoint.ask(prompts, on_wave))
+            replies = iter(self._endpoint.ask(prompts, on_progress))
             return [
                 [Reply(r.text, r.completion_tokens) if (r := next(replies)) else Reply("", 0)
                  for _ in range(len(queries) * votes)]

@@ -163,7 +163,7 @@ class Sampler:
         branches: Sequence[Sequence[Tokens]],
         key: jax.Array,
         row_ids: Sequence[int] | None = None,
-        on_wave: OnProgress = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
         stop_ids: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Samples every branch of every prefix.
@@ -176,7 +176,7 @@ class Sampler:
           key: a typed random key. Token i of branch b of a row is drawn with the key folded with
             (row id, b, i): independent of order, padding, scheduling and mesh.
           row_ids: a number for each row to fold in; its index by default.
-          on_wave: told branches finished and their total after each chunk of tokens.
+          on_progress: told branches finished and their total after each chunk of tokens.
           stop_ids: in place of those of the sampler.
         Raises:
           InputError: a row that is over the lengths that were planned with; nothing has run by then.
@@ -209,7 +209,7 @@ class Sampler:
                 done += not out.alive[slot]
             scheduler.finish(out.alive)
             end += int(out.counts.max())
-            on_wave(done, total)
+            on_progress(done, total)
 
         def completion(tokens: list[np.ndarray], logprobs: list[np.ndarray]) -> Completion:
             tokens = np.concatenate(tokens)
@@ -223,14 +223,14 @@ class Sampler:
         prefixes: Sequence[Tokens],
         branches: Sequence[Sequence[Tokens]],
         candidates: Sequence[int],
-        on_wave: OnProgress = lambda done, total: None,
+        on_progress: OnProgress = lambda done, total: None,
     ) -> list[np.ndarray]:
         """Log-probabilities of `candidates` as the token that comes next after each branch.
 
         The prefill of `generate` and nothing more.
 
         Args:
-          params, prefixes, branches, on_wave: as in `generate`.
+          params, prefixes, branches, on_progress: as in `generate`.
           candidates: C token ids.
         Returns:
           For each row float32 [its branches, C], of the softmax over the whole vocabulary at temperature 1.
@@ -250,7 +250,7 @@ class Sampler:
                 for scored, row in zip(of_shard, entered, strict=False):
                     results[row] = scored[: len(branches[row])]
                     done += len(branches[row])
-            on_wave(done, total)
+            on_progress(done, total)
 
         started = deque()
         for batch in batches(rows, order, self.shapes, self.shards):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from srrl_jax.actor import Actor, OnWave, encode_prompt, read_completion
+from srrl_jax.actor import Actor, OnProgress, encode_prompt, read_completion
 from srrl_jax.checkpoints.tokenizer import Tokenizer
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, Judge, Verdict
@@ -176,7 +176,7 @@ def grade(
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
     groups: Sequence[Sequence[Completion]],
-    on_wave: OnWave,
+    on_progress: OnProgress,
 ) -> list[list[Graded]]:
     """Every completion against every criterion of its prompt, in one call; then its reward.
 
@@ -189,7 +189,7 @@ def grade(
     ]
     open_ended = [(task.example, answer) for task, answer in answers if task.met is None]
     items = [GradingItem(example.prompt, a.response, example.rubrics) for example, a in open_ended]
-    judged = iter(judge.grade(items, on_wave) if items else [])
+    judged = iter(judge.grade(items, on_progress) if items else [])
     flat = []
     for task, answer in answers:
         verdicts = next(judged) if task.met is None else [_agrees(task, answer.completion)]

@@ -116,8 +116,8 @@ def train_loop(
 
     def answer(weights: Weights, tasks: list[Task], samples: int, key: jax.Array, phase: str) -> list:
         prompts, ids = [task.prompt for task in tasks], draw_ids([task.row for task in tasks])
-        with session.phase(phase) as on_wave:
-            return actor.answer(weights, prompts, samples, key, ids, on_wave)
+        with session.phase(phase) as on_progress:
+            return actor.answer(weights, prompts, samples, key, ids, on_progress)
 
     def experience(tasks: list[Task], step: int, stream: int) -> tuple[list, list, np.ndarray]:
         rollout_key, grade_key = keys_of(step, stream)
@@ -127,8 +127,8 @@ def train_loop(
         # 2. The same weights (or frozen ones, a teacher, one's own grader) judge all by all criteria.
         grader = judge(config.judge, weights, grade_key)
         longest, keys = config.rollout.max_new_tokens, (config.seed, step)
-        with session.phase("grade") as on_wave:
-            graded = grade(grader, tokenizer, tasks, groups, on_wave)
+        with session.phase("grade") as on_progress:
+            graded = grade(grader, tokenizer, tasks, groups, on_progress)
             rewards = training_rewards(tasks, groups, graded, config.reward, longest, own.reward, keys)
         return groups, graded, rewards
 
@@ -137,14 +137,14 @@ def train_loop(
         weights = policy()
         groups = answer(weights, held_out, config.eval.samples, rollout_key, "eval")
         grader, others = judge("self", weights, grade_key), {}
-        with session.phase("eval") as on_wave:
-            graded = grade(grader, tokenizer, held_out, groups, on_wave)
+        with session.phase("eval") as on_progress:
+            graded = grade(grader, tokenizer, held_out, groups, on_progress)
             controls = control_items(held_out, graded, config.eval.controls)
             controlled = control_metrics(grader.grade(controls)) if controls else {}
         for name in other_judges(config):
             grader = judge(name, weights, grade_key)  # from here on nobody needs the policy's
-            with session.phase("eval") as on_wave:
-                others[name] = grade(grader, tokenizer, held_out, groups, on_wave)
+            with session.phase("eval") as on_progress:
+                others[name] = grade(grader, tokenizer, held_out, groups, on_progress)
         samples = sample_rows("eval", held_out, groups, graded, others=others)
         return eval_metrics(samples) | controlled, samples
 

@@ -85,19 +85,19 @@ class OwnJudge:
     def grade(
         self,
         items: Sequence[GradingItem],
-        on_wave: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Verdict]]:
-        return [[Verdict(*v) for v in row] for row in of_main(lambda: self._grade(items, on_wave))]
+        return [[Verdict(*v) for v in row] for row in of_main(lambda: self._grade(items, on_progress))]
 
-    def _grade(self, items, on_wave) -> list[list[Verdict]]:
+    def _grade(self, items, on_progress) -> list[list[Verdict]]:
         with _named(f"grader {name_of(self.grader)}", f"on {len(items)} responses"):
             if hasattr(self.grader, "grade"):
-                given = list(cast(Judge, self.grader).grade(items, on_wave))
+                given = list(cast(Judge, self.grader).grade(items, on_progress))
             else:
                 given, ask = [], cast(GraderFunction, self.grader)
                 for item in items:
                     given.append(ask(item.prompt, item.response, item.criteria))
-                    on_wave(len(given), len(items))
+                    on_progress(len(given), len(items))
         if len(given) != len(items):
             raise InputError(
                 f"grader {name_of(self.grader)}: gave {len(given)} rows of verdicts on {len(items)} responses"
@@ -227,7 +227,7 @@ def _check_signature(key: str, thing: Any) -> None:
     if key == "reward":
         called, arguments = thing, ("group",)
     elif hasattr(thing, "grade"):
-        called, arguments = thing.grade, ("items", "on_wave")
+        called, arguments = thing.grade, ("items", "on_progress")
     else:
         called, arguments = thing, ("conversation", "response", "criteria")
     try:

@@ -62,7 +62,7 @@ class Scripted:
     def prepare(self, params):
         return params
 
-    def generate(self, params, prefixes, branches, key, row_ids, on_wave, stop_ids):
+    def generate(self, params, prefixes, branches, key, row_ids, on_progress, stop_ids):
         text = Letters().decode
         asked = [[text(branch) for branch in row] for row in branches]
         self.calls.append(Call([text(prefix) for prefix in prefixes], asked, list(row_ids), key, stop_ids))
@@ -286,7 +286,7 @@ def test_the_embedded_model_gives_verdicts_that_can_be_read(embedded, answered):
     grader, params = embedded
     told = []
     verdicts = grader.grade(
-        params, answered, jax.random.key(1), on_wave=lambda done, total: told.append((done, total))
+        params, answered, jax.random.key(1), on_progress=lambda done, total: told.append((done, total))
     )
     assert [len(row) for row in verdicts] == [len(one.criteria) for one in answered]
     flat = [verdict for row in verdicts for verdict in row]

@@ -246,7 +246,7 @@ def test_allowed(model, params, mixed):
 def test_reports_progress(model, params, mixed):
     told = []
     run = Sampler(model, rows(), new_tokens=8, stop_ids=NEVER, sampling=WARM)
-    run.generate(params, *mixed, KEY, on_wave=lambda *counts: told.append(counts))
+    run.generate(params, *mixed, KEY, on_progress=lambda *counts: told.append(counts))
     assert told[-1] == (12, 12) and told == sorted(told) and len(told) > 1
 
 

@@ -95,7 +95,7 @@ class Told:
     def __init__(self):
         self.items = []
 
-    def grade(self, items, on_wave):
+    def grade(self, items, on_progress):
         self.items += items
         return [[] for _ in items]
 
@@ -123,7 +123,7 @@ def test_thoughts_never_reach_the_grader(opening, completion, shown):
 
 def test_a_reward_comes_from_the_readable_verdicts_alone():
     class Half:
-        def grade(self, items, on_wave):
+        def grade(self, items, on_progress):
             return [[Verdict(True, "", 1, 1), Verdict(None, "", 2, 2), Verdict(True, "", 1, 1)]]
 
     tokenizer = load_tokenizer(CHECKPOINT)

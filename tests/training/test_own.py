@@ -36,7 +36,7 @@ def strict(conversation, response, criteria):
 class Lenient:
     name = "lenient"
 
-    def grade(self, items, on_wave=None):
+    def grade(self, items, on_progress=None):
         return [[Verdict(c.points > 0, "kind", 1, 1, 1.0) for c in item.criteria] for item in items]
 
 
@@ -110,7 +110,10 @@ class Greedy(Lenient):
     [
         ({"reward": lambda prompts, completions: []}, r"reward .*: is called with \(group\), but takes"),
         ({"grader": lambda response: []}, r"grader .* \(conversation, response, criteria\), but takes"),
-        ({"grader": Greedy()}, r"grader .*Greedy: is called with \(items, on_wave\), but takes \(items\)"),
+        (
+            {"grader": Greedy()},
+            r"grader .*Greedy: is called with \(items, on_progress\), but takes \(items\)",
+        ),
     ],
 )
 def test_one_with_other_arguments_is_refused(recipe, tmp_path, own, message):
