@@ -18,7 +18,7 @@ from rich.table import Table
 from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.grading import GradingItem
-from srrl_jax.grading.asking import Question
+from srrl_jax.grading.asking import GraderPrompt
 from srrl_jax.models.presets import PRESETS
 from srrl_jax.rubrics import load_template
 from srrl_jax.sampling import RowLengths
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=500)
     args = parser.parse_args()
     tokenizer, random = load_tokenizer(args.tokenizer), np.random.default_rng(0)
-    question = Question(tokenizer, load_template(args.template))
+    question = GraderPrompt(tokenizer, load_template(args.template))
     examples = load_examples(args.rows)
     prompts = [tokenizer.encode(tokenizer.render(list(e.prompt), thinking=False)) for e in examples]
     asked = [question.prefix(GradingItem(e.prompt, "", e.rubrics)) for e in examples]

@@ -23,8 +23,8 @@ class GradingItem(NamedTuple):
     criteria: Sequence[Criterion]
 
 
-class Question:
-    """A grader template within a chat template, in tokens.
+class GraderPrompt:
+    """Encodes the prompts of a grader: a grader template within the chat template, as token ids.
 
     Args:
       tokenizer: of the grading model.

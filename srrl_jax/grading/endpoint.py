@@ -254,7 +254,7 @@ class Endpoint:
         return reply
 
     async def _attempt(self, body: bytes) -> CachedReply:
-        await self._admit(body)
+        await self._wait_for_rate_limit(body)
         try:
             # A deadline of the whole attempt: bytes that drip in would never exceed one of a single read.
             async with asyncio.timeout(self.config.timeout):
@@ -293,7 +293,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _Failed(f"no completion in {said}", answered=True) from None
 
-    async def _admit(self, body: bytes) -> None:
+    async def _wait_for_rate_limit(self, body: bytes) -> None:
         if self._requests:
             await self._requests.acquire()
         if self._tokens:

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from srrl_jax.checkpoints.tokenizer import Tokenizer
-from srrl_jax.grading.asking import GradingItem, Question, closing_ids
+from srrl_jax.grading.asking import GraderPrompt, GradingItem, closing_ids
 from srrl_jax.grading.config import JudgeConfig
 from srrl_jax.grading.gap import reply_gaps
-from srrl_jax.grading.voting import Query, Reply, Verdict, poll, queries
+from srrl_jax.grading.voting import Query, Reply, Verdict, collect_verdicts, queries
 from srrl_jax.programs import Program
 from srrl_jax.sampling import RowLengths, Sampler
 
@@ -73,7 +73,9 @@ class Grader:
         self.sampler, self.tokenizer, self.template = sampler, tokenizer, template
         self.verdict, self.tries, self.votes, self.together = verdict, tries, votes, together
         self.calibrate = calibrate
-        self.question = Question(tokenizer, template, thinking=thinking, forced=verdict != "generate")
+        self.grader_prompt = GraderPrompt(
+            tokenizer, template, thinking=thinking, forced=verdict != "generate"
+        )
 
     @classmethod
     def at(cls, config: JudgeConfig, tokenizer: Tokenizer) -> Self:
@@ -107,7 +109,7 @@ class Grader:
                 ]
             rows.append(RowLengths(len(prefix), lengths * self._copies))
             prefixes.append(prefix)
-        return rows, self.question.shared(prefixes)
+        return rows, self.grader_prompt.shared(prefixes)
 
     def grade(
         self,
@@ -151,10 +153,10 @@ class Grader:
     def encode(self, item: GradingItem) -> tuple[list[int], list[list[int]]]:
         """Token ids of the shared prefix, and of each criterion (all of them) with what follows it."""
         asked = queries(range(len(item.criteria)), self.together)
-        return self.question.prefix(item), [self._branch(item, query) for query in asked]
+        return self.grader_prompt.prefix(item), [self._branch(item, query) for query in asked]
 
     def _branch(self, item: GradingItem, query: Sequence[int]) -> list[int]:
-        return self.question.branch([item.criteria[c] for c in query])
+        return self.grader_prompt.branch([item.criteria[c] for c in query])
 
     def _forced(self, params, items, encoded, rows, key, on_progress) -> list[list[Verdict]]:
         """The likelier verdict, or `votes` draws, from the probabilities of true and false."""
@@ -182,7 +184,7 @@ class Grader:
     def _log_odds(self, params, encoded, on_progress) -> list[np.ndarray]:
         """Of true against false, float64 [criteria] for each item that was encoded."""
         prefixes, branches = zip(*encoded, strict=True) if encoded else ((), ())
-        scores = self.sampler.score(params, prefixes, branches, self.question.candidates, on_progress)
+        scores = self.sampler.score(params, prefixes, branches, self.grader_prompt.candidates, on_progress)
         return [(row[:, 0] - row[:, 1]).astype(float) for row in scores]
 
     def _written(self, params, items, encoded, rows, key, on_progress) -> list[list[Verdict]]:
@@ -204,7 +206,7 @@ class Grader:
                 on_progress=on_progress,
                 stop_ids=self._stop_ids[min(attempt, 1)],
             )
-            opening, decode = self.question.opening, self.tokenizer.decode
+            opening, decode = self.grader_prompt.opening, self.tokenizer.decode
             replies = [
                 [Reply(opening + decode(r.tokens.tolist()), len(r.tokens)) for r in row] for row in sampled
             ]
@@ -217,7 +219,9 @@ class Grader:
             return replies
 
         criteria = [len(item.criteria) for item in items]
-        return poll(criteria, rows, ask, tries=self.tries, votes=self.votes, together=self.together)
+        return collect_verdicts(
+            criteria, rows, ask, tries=self.tries, votes=self.votes, together=self.together
+        )
 
     @cached_property
     def _stop_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -229,7 +233,7 @@ class Grader:
         nothing stops early. Both have equally many stop ids, so that one program serves the two.
         """
         stops = self.sampler.stop_ids
-        if self.tries == 1 or self.together or self.question.thinking or self.question.opening:
+        if self.tries == 1 or self.together or self.grader_prompt.thinking or self.grader_prompt.opening:
             return stops, stops
         closing = closing_ids(self.tokenizer)
         return (*stops, *closing), (*stops, *stops[:1] * len(closing))

@@ -12,7 +12,7 @@ from srrl_jax.errors import InputError
 from srrl_jax.grading.asking import GradingItem
 from srrl_jax.grading.config import AskingConfig
 from srrl_jax.grading.endpoint import Endpoint, EndpointConfig, Usage
-from srrl_jax.grading.voting import Query, Reply, Verdict, poll
+from srrl_jax.grading.voting import Query, Reply, Verdict, collect_verdicts
 from srrl_jax.parallel import gather, is_main
 from srrl_jax.rubrics import criteria_prompt, criterion_prompt, grader_prompt, template_sha256
 
@@ -89,7 +89,7 @@ class Teacher:
         found = None
         if is_main():
             try:
-                found = self._poll(items, on_progress)
+                found = self._collect_verdicts(items, on_progress)
             except InputError as error:
                 found = str(error)
         first, *_ = gather(found)
@@ -97,7 +97,7 @@ class Teacher:
             raise InputError(first)
         return [[Verdict(*verdict) for verdict in row] for row in first]
 
-    def _poll(self, items, on_progress) -> list[list[Verdict]]:
+    def _collect_verdicts(self, items, on_progress) -> list[list[Verdict]]:
         votes, template = self.config.votes, self._template
         before = [grader_prompt(template, item.prompt, item.response) for item in items]
 
@@ -123,7 +123,7 @@ class Teacher:
             ]  # fmt: skip
 
         criteria = [len(item.criteria) for item in items]
-        return poll(
+        return collect_verdicts(
             criteria,
             range(len(items)),
             ask,

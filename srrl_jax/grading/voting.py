@@ -69,10 +69,10 @@ class _Votes:
         return Verdict(met, explanation, self.tries, self.tokens, share, self.gap, votes)
 
 
-def poll(
+def collect_verdicts(
     criteria: Sequence[int], rows: Sequence[int], ask: Ask, *, tries: int, votes: int, together: bool
 ) -> list[list[Verdict]]:
-    """Asks for verdicts; for the criteria still unread again, all together, up to `tries` times.
+    """Requests a verdict on every criterion, and requests unreadable ones again, up to `tries` times in all.
 
     Args:
       criteria: the number of criteria of each item.

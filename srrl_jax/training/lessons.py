@@ -44,7 +44,9 @@ def load_lessons(
                     f"{limit} (rollout.max_prompt_tokens, or what rollout.max_new_tokens leaves of the "
                     f"model's {positions} positions); leave the row out"
                 )
-            opening = grader.question.opening + (grader.question.skeleton if grader.question.forced else "")
+            opening = grader.grader_prompt.opening + (
+                grader.grader_prompt.skeleton if grader.grader_prompt.forced else ""
+            )
             name = f"lesson:{row.get('prompt_id', number)}:{len(lessons)}"
             text = grader.tokenizer.decode(prompt)
             example = Example(({"role": "user", "content": text},), RIGHT, name)
@@ -99,7 +101,7 @@ def with_replies(
 
 def _reply(grader: Grader, met: bool, reason: str) -> tuple[int, ...]:
     """A verdict as the grader would write it, up to its stop token."""
-    tokenizer, question = grader.tokenizer, grader.question
+    tokenizer, question = grader.tokenizer, grader.grader_prompt
     text = json.dumps({"explanation": reason, "criteria_met": met}, ensure_ascii=False)
     if question.forced:
         return *question.replies[not met], tokenizer.stop_ids[0]

@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_whole_sequence(grader, model, params, items, ne
         prefix, branches = judge.encode(item)
         for branch, verdict in list(zip(branches, row, strict=True))[:3]:
             logits = next_logits(model, prefix + branch, 140)
-            true, false = (float(logits[i]) for i in judge.question.candidates)
+            true, false = (float(logits[i]) for i in judge.grader_prompt.candidates)
             assert verdict.probability == pytest.approx(1 / (1 + np.exp(false - true)), abs=1e-5)
             assert verdict.met == (true > false)
             assert (verdict.explanation, verdict.tries, verdict.tokens) == ("", 1, 0)

@@ -11,7 +11,7 @@ from srrl_jax.checkpoints.tokenizer import load_tokenizer
 from srrl_jax.data import load_examples
 from srrl_jax.errors import InputError
 from srrl_jax.grading import Grader, GradingItem, opened_thought, split_chat
-from srrl_jax.grading.asking import SKELETON, Question
+from srrl_jax.grading.asking import SKELETON, GraderPrompt
 from srrl_jax.rubrics import Criterion, criterion_prompt, grader_prompt, load_template
 from srrl_jax.sampling import Completion, RowLengths, Sampler, SamplingConfig
 from srrl_jax.tinyworld import grader_pairs
@@ -201,7 +201,7 @@ def test_a_forced_reply_goes_up_to_the_token_that_decides(opens):
         return chatml(messages) + ("<think>\n" if opens else "")
 
     grader = Grader(None, Letters(render), "{conversation} {criterion}", verdict="logits")
-    assert grader.question.candidates == (ord("t"), ord("f"))
+    assert grader.grader_prompt.candidates == (ord("t"), ord("f"))
     _, (branch,) = grader.encode(item("a"))
     closing = "<think>\n</think>\n\n" if opens else ""
     assert Letters().decode(branch) == "[1] a<|end|><|assistant|>" + closing + SKELETON
@@ -209,7 +209,7 @@ def test_a_forced_reply_goes_up_to_the_token_that_decides(opens):
 
 def test_the_embedded_tokenizer_decides_in_one_token():
     tokenizer = load_tokenizer(WORLD / "checkpoint")
-    question = Question(tokenizer, "{conversation} {criterion}", forced=True)
+    question = GraderPrompt(tokenizer, "{conversation} {criterion}", forced=True)
     assert [tokenizer.decode([i]) for i in question.candidates] == [
         '", "criteria_met": true}',
         '", "criteria_met": false}',
