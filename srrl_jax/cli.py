@@ -91,7 +91,7 @@ def _train(
     On TPU slices and under SLURM or Open MPI the processes find each other; elsewhere give
     --coordinator, --processes and --process.
     """
-    from srrl_jax.parallel import end_together, is_main, join
+    from srrl_jax.parallel import abort_all_on_error, is_main, join
     from srrl_jax.run import train
     from srrl_jax.training import TrainConfig
 
@@ -101,7 +101,7 @@ def _train(
 
         return describe(resolved)
     join(coordinator, processes, process)
-    with end_together():
+    with abort_all_on_error():
         train(resolved)
         if is_main():
             _report(resolved.run_dir)

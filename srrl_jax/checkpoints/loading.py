@@ -26,7 +26,7 @@ from srrl_jax.checkpoints.names import tensor_names
 from srrl_jax.errors import InputError
 from srrl_jax.models.config import Qwen3Config
 from srrl_jax.models.qwen3 import Qwen3
-from srrl_jax.parallel import is_main, left_whole, shardings
+from srrl_jax.parallel import is_main, shardings, unsharded_axes
 
 
 def load_model(source: str | Path, *, mesh=None, dtype=jnp.float32) -> Qwen3:
@@ -53,7 +53,7 @@ def _load(directory: Path | epath.Path, mesh, dtype) -> Qwen3:
     names = {path: tensor_names(path, config) for path in variables}
     placed = {} if mesh is None else dict(nnx.to_flat_state(shardings(state, mesh)))
     if mesh is not None and is_main():
-        for note in left_whole(state, config.num_key_value_heads, mesh):
+        for note in unsharded_axes(state, config.num_key_value_heads, mesh):
             logging.getLogger(__name__).warning(note)
     _check(directory, tensors, variables, names)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:

@@ -18,8 +18,8 @@ from srrl_jax.parallel.mesh import (
     shardings,
     train_layout,
 )
-from srrl_jax.parallel.processes import end_together, gather, is_main, join, local_rows, to_host
-from srrl_jax.parallel.sizes import check_rows, left_whole
+from srrl_jax.parallel.processes import abort_all_on_error, gather, is_main, join, local_rows, to_host
+from srrl_jax.parallel.sizes import check_rows, unsharded_axes
 
 __all__ = [
     "ROLLOUT_RULES",
@@ -28,13 +28,13 @@ __all__ = [
     "check_rows",
     "computing",
     "constrain",
-    "end_together",
+    "abort_all_on_error",
     "fingerprint",
     "gather",
     "in_memory",
     "is_main",
     "join",
-    "left_whole",
+    "unsharded_axes",
     "local_rows",
     "make_mesh",
     "mesh_axes",

@@ -125,8 +125,8 @@ def _whole(x: jax.Array) -> jax.Array:
 
 
 @contextmanager
-def end_together() -> Iterator[None]:
-    """Where there are other processes, an error inside ends this one at once, and by that the others.
+def abort_all_on_error() -> Iterator[None]:
+    """On an error, exits at once so that the other processes fail too and do not hang in a collective.
 
     Python's way out would wait for them at JAX's shutdown, while they wait for this one in a program.
     The exit code is 2 for bad input, 1 for other errors. The others fail at the closed connection, or

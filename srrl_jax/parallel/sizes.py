@@ -27,8 +27,8 @@ def check_rows(rows: Mapping[str, Sequence[int]], mesh: Mesh) -> None:
                 )
 
 
-def left_whole(variables: Any, kv_heads: int, mesh: Mesh) -> list[str]:
-    """What `shardings` and the caches of sampling keep whole where a mesh axis does not divide it.
+def unsharded_axes(variables: Any, kv_heads: int, mesh: Mesh) -> list[str]:
+    """Array axes that stay unsharded because a mesh axis does not divide their size.
 
     Args:
       variables: NNX variables with `axes` metadata; shapes are enough.

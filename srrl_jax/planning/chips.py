@@ -63,8 +63,8 @@ class Topology:
         return self.chips * (2 if self.kind == "v4" else 1)
 
     @property
-    def island(self) -> int:
-        """Devices in a row that links join: those of a slice, or of a node of GPUs."""
+    def ici_group_size(self) -> int:
+        """Number of consecutive devices connected by ICI (a TPU slice) or NVLink (a GPU node)."""
         return self.shape[-1] if self.kind in _GPUS else self.size // self.slices
 
     @property
@@ -90,8 +90,8 @@ class Topology:
         if not self.compiles:
             raise InputError("srrl plan for a GPU needs JAX's CUDA plugin: pip install 'srrl-jax[plan-gpu]'")
         if self.kind in _GPUS:
-            nodes, described = self.size // self.island, Path(__file__).with_name(f"{self.kind}.txt")
-            options = {"target_config": described.read_text(), "topology": f"1x{nodes}x{self.island}"}
+            nodes, described = self.size // self.ici_group_size, Path(__file__).with_name(f"{self.kind}.txt")
+            options = {"target_config": described.read_text(), "topology": f"1x{nodes}x{self.ici_group_size}"}
             return self._described("cuda", "", options)
         if importlib.util.find_spec("libtpu") is None:
             raise InputError("srrl plan for a TPU needs libtpu: pip install 'srrl-jax[aot]'")

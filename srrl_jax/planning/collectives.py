@@ -118,9 +118,9 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
     return {kind: float(size) for kind, size in total.items() if size}
 
 
-def bytes_outside(found: list[Collective], island: int) -> float:
-    """Of them, those that leave an island, see `share_outside`."""
-    return float(sum(c.bytes * c.runs * share_outside(c.kind, c.groups, island) for c in found))
+def bytes_outside(found: list[Collective], ici_group_size: int) -> float:
+    """Bytes that leave a group of devices connected by ICI or NVLink, see `share_outside`."""
+    return float(sum(c.bytes * c.runs * share_outside(c.kind, c.groups, ici_group_size) for c in found))
 
 
 def largest_array(text: str) -> str:

@@ -16,18 +16,18 @@ _BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*_xla_megascale_tra
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
-def share_outside(kind: str, groups: Groups, island: int) -> float:
-    """Of what a device sends in a collective, the part that leaves its island.
+def share_outside(kind: str, groups: Groups, ici_group_size: int) -> float:
+    """Of what a device sends in a collective, the part that leaves its group of devices connected by ICI or NVLink.
 
-    A ring through all islands crosses each border once, and as many rings run side by side as a group has
-    members on an island: each of them sends only its part across. Of all-to-all it is what is for others.
+    A ring through all groups of connected devices crosses each border once, and as many rings run side by side as a group has
+    members on a group of connected devices: each of them sends only its part across. Of all-to-all it is what is for others.
 
     Args:
-      island: devices in a row that are on one, such as a slice.
+      ici_group_size: devices in a row that are on one, such as a slice.
     """
     shares = [0.0]
     for group in groups:
-        members = np.bincount([device // island for device in group])
+        members = np.bincount([device // ici_group_size for device in group])
         if np.count_nonzero(members) > 1:
             most = members.max()
             shares.append(1 - most / len(group) if kind.endswith("all-to-all") else 1 / most)

@@ -172,7 +172,7 @@ def make_plan(
     phases = []
     with computing(setup.mesh, config.dtype, config.matmul_precision):
         for group in _groups(config):
-            compiler = Compiler(group, topology.island, on_start)
+            compiler = Compiler(group, topology.ici_group_size, on_start)
             _compile(compiler, setup)
             phases += [_phase(compiled, setup, topology, assumptions) for compiled in compiler.found]
     return Plan(topology, assumptions, phases, config.steps)

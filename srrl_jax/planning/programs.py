@@ -121,10 +121,12 @@ class Setup(NamedTuple):
         """All weights of the policy in the type of the computation."""
         return nnx.merge_state(self.start, self.base)
 
-    def beside(self, group: str) -> tuple:
-        """Weights that the devices hold beside the arguments of a group's programs: those that are learnt,
-        where the programs take them in another type; and the frozen ones, except while they are in host
-        memory."""
+    def resident_weights(self, group: str) -> tuple:
+        """Copies of the weights that stay in device memory and are no arguments of the group's programs.
+
+        These are the trained weights where the programs take them in another dtype, and the frozen ones
+        unless they are in host memory.
+        """
         c = self.config
         cast = c.lora.rank == 0 and self.model.dtype != jnp.float32
         brought = {"grade": c.frozen_grades, "logprob": c.kl_coef > 0}.get(group, False)
@@ -153,7 +155,7 @@ class Setup(NamedTuple):
             sampler = self.sampler(group)
             scores = group == "grade" and self.config.grading.verdict != "generate"
             weights = {"params": self.params, "decoding": sampler.decoding}
-            rest = (*self.moments, *self.beside(group))
+            rest = (*self.moments, *self.resident_weights(group))
             if group == "grade" and sampler.int8_weights != self.rollout.int8_weights:
                 rest = (*rest, self.rollout.decoding)  # of other types, so the grader's lie beside them
             first = {"decode": "decoding", "empty caches": ""}
@@ -173,7 +175,11 @@ class Setup(NamedTuple):
         state = TrainState(self.learnt, self.opt_state)
         found = update_programs(graphdef, update, self.config, minibatches, state, self.base, self.params)
         kind = "update" if group == "update" else "log-probabilities"
-        held = self.beside(group) if group == "update" else (*self.moments, *self.beside(group))
+        held = (
+            self.resident_weights(group)
+            if group == "update"
+            else (*self.moments, *self.resident_weights(group))
+        )
         return {program.kind: (program, held) for program in found if program.kind == kind}
 
 
@@ -185,16 +191,19 @@ class Compiler:
 
     Args:
       group: what the programs are for; the first part of their names.
-      island: devices in a row that links join (`Topology.island`); all of them by default.
+      ici_group_size: devices in a row that links join (`Topology.ici_group_size`); all of them by default.
       on_start: told the name of a program before it is compiled.
 
     Attribute `texts`: of the compiled programs, by name.
     """
 
     def __init__(
-        self, group: str, island: int = sys.maxsize, on_start: Callable[[str], None] = lambda name: None
+        self,
+        group: str,
+        ici_group_size: int = sys.maxsize,
+        on_start: Callable[[str], None] = lambda name: None,
     ):
-        self.group, self.island, self.on_start = group, island, on_start
+        self.group, self.ici_group_size, self.on_start = group, ici_group_size, on_start
         self.texts: dict[str, str] = {}
         self.found: list[Compiled] = []
 
@@ -238,7 +247,7 @@ class Compiler:
                 peak_bytes(compiled.memory_analysis()) + size,
                 size,
                 bytes_by_kind(sent),
-                bytes_outside(sent, self.island),
+                bytes_outside(sent, self.ici_group_size),
                 largest_array(text),
                 time.perf_counter() - start,
             )

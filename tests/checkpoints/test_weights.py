@@ -89,7 +89,7 @@ def test_tells_what_a_mesh_leaves_whole_before_it_reads(checkpoint, caplog, monk
     def refuse(*_):
         raise InputError("read")
 
-    monkeypatch.setattr(loading, "left_whole", lambda *_: ["mesh.tensor (16) does not divide"])
+    monkeypatch.setattr(loading, "unsharded_axes", lambda *_: ["mesh.tensor (16) does not divide"])
     monkeypatch.setattr(loading, "_parameter", refuse)
     with pytest.raises(InputError, match="^read$"):
         load_model(checkpoint[0], mesh=make_mesh())

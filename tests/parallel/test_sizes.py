@@ -7,14 +7,14 @@ from jax.sharding import AbstractMesh
 from srrl_jax.errors import InputError
 from srrl_jax.models import Qwen3, Qwen3Config
 from srrl_jax.models.presets import preset
-from srrl_jax.parallel import check_rows, left_whole
+from srrl_jax.parallel import check_rows, unsharded_axes
 
 AXES = ("slice", "data", "fsdp", "tensor", "expert")
 
 
 def notes(config: Qwen3Config, *sizes: int) -> list[str]:
     state = nnx.state(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))
-    return left_whole(state, config.num_key_value_heads, AbstractMesh(sizes, AXES))
+    return unsharded_axes(state, config.num_key_value_heads, AbstractMesh(sizes, AXES))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 3, 4, 2, 1), (1, 1, 8, 8, 1)])

@@ -81,15 +81,17 @@ def test_who_takes_part(written, groups):
 def test_what_leaves_an_island():
     """Of rings the part of one member; with pairs all of it; each device has something for each other one."""
     across, within = ((0, 1, 4, 5), (2, 3, 6, 7)), ((0, 1), (2, 3))
-    assert share_outside("all-gather", across, island=4) == 1 / 2
-    assert share_outside("all-to-all", across, island=4) == 1 / 2
-    assert share_outside("all-gather", ((0, 1, 2, 3, 4, 5, 6, 7),), island=4) == 1 / 4
-    assert share_outside("all-to-all", ((0, 1, 2, 3, 4, 5, 6, 7),), island=2) == 3 / 4
-    assert share_outside("collective-permute", ((0, 1), (3, 4)), island=4) == 1
-    assert share_outside("all-reduce", within, island=2) == share_outside("all-reduce", across, 8) == 0
+    assert share_outside("all-gather", across, ici_group_size=4) == 1 / 2
+    assert share_outside("all-to-all", across, ici_group_size=4) == 1 / 2
+    assert share_outside("all-gather", ((0, 1, 2, 3, 4, 5, 6, 7),), ici_group_size=4) == 1 / 4
+    assert share_outside("all-to-all", ((0, 1, 2, 3, 4, 5, 6, 7),), ici_group_size=2) == 3 / 4
+    assert share_outside("collective-permute", ((0, 1), (3, 4)), ici_group_size=4) == 1
+    assert (
+        share_outside("all-reduce", within, ici_group_size=2) == share_outside("all-reduce", across, 8) == 0
+    )
     # Gathered in fours, reduced in pairs, permuted between 0 and 1.
-    assert bytes_outside(collectives(TEXT), island=2) == (5 * 2048 + 4 * 32) * 3 / 4 / 2
-    assert bytes_outside(collectives(TEXT), island=4) == 0
+    assert bytes_outside(collectives(TEXT), ici_group_size=2) == (5 * 2048 + 4 * 32) * 3 / 4 / 2
+    assert bytes_outside(collectives(TEXT), ici_group_size=4) == 0
 
 
 def test_between_slices_libtpu_writes_host_transfers():
@@ -99,7 +101,7 @@ def test_between_slices_libtpu_writes_host_transfers():
     (found,) = (c for c in collectives(TEXT.replace("  %done", line + "}\n  %done")) if len(c.groups) == 8)
     assert found.arrays == ("f32[24,8]",) and found.runs == 5
     assert found.groups == tuple((i, i + 8) for i in range(8))
-    assert bytes_outside([found], island=8) == found.bytes * 5 == 5 * 24 * 8 * 4
+    assert bytes_outside([found], ici_group_size=8) == found.bytes * 5 == 5 * 24 * 8 * 4
 
 
 def test_of_the_branches_of_a_condition_one_runs():

@@ -28,7 +28,7 @@ def setup(planned, h100, make_setup):
 
 @pytest.fixture(scope="module")
 def rollout(setup, h100):
-    compiler = Compiler("rollout", h100.island)
+    compiler = Compiler("rollout", h100.ici_group_size)
     with jax.set_mesh(setup.mesh):
         for program, held in setup.programs("rollout").values():
             compiler(program, held)
@@ -78,7 +78,7 @@ def test_weights_cross_the_network_before_decoding_and_sums_never(rollout):
     found = {compiled.name.removeprefix("rollout/"): compiled for compiled in rollout.found}
     assert found["relayout"].network_bytes == found["relayout"].collective_bytes["all-gather"] > 0
     sums = [c for c in collectives(rollout.texts["rollout/decode"]) if c.loops and c.kind == "all-reduce"]
-    assert sums and all(share_outside(c.kind, c.groups, island=2) == 0 for c in sums)
+    assert sums and all(share_outside(c.kind, c.groups, ici_group_size=2) == 0 for c in sums)
     assert found["decode"].network_bytes < found["relayout"].network_bytes / 50
 
 
@@ -91,7 +91,7 @@ def beside(text: str) -> list[tuple[str, bool, bool]]:
         for name, _, operation, rest in (m.groups() for line in body if (m := _INSTRUCTION.match(line))):
             operand, kind = re.match(r"%?([\w.-]*)", rest)[1], operation.removesuffix("-start")
             if kind in KINDS:
-                started[name] = work, share_outside(kind, groups_of(rest), island=2) > 0
+                started[name] = work, share_outside(kind, groups_of(rest), ici_group_size=2) > 0
             elif operation.endswith("-done") and operand in started:
                 before, crosses = started[operand]
                 found.append((operation.removesuffix("-done"), crosses, work > before))
@@ -102,7 +102,7 @@ def beside(text: str) -> list[tuple[str, bool, bool]]:
 def test_what_an_update_sends_goes_beside_its_products(setup, h100):
     """Weights are cut and summed over `fsdp`, here between the nodes, while other products run: the
     compiler's own doing."""
-    compiler = Compiler("update", h100.island)
+    compiler = Compiler("update", h100.ici_group_size)
     with jax.set_mesh(setup.mesh):
         compiler(*setup.programs("update")["update"])
     sent = beside(compiler.texts["update/update"])

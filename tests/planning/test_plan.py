@@ -40,7 +40,7 @@ def stand_in(monkeypatch):
             peak = None if gib is None else int(gib * GIB)
             refusal = "RESOURCE_EXHAUSTED: out of memory" if gib is None else ""
             sent = {"all-gather": 4e9}
-            outside = 1e9 if compiler.island < setup.mesh.size else 0.0
+            outside = 1e9 if compiler.ici_group_size < setup.mesh.size else 0.0
             found = Compiled(f"{name}/{program}", peak, 0, sent, outside, "bf16[7,9]", 1.0, refusal)
             compiler.found.append(found)
 
@@ -110,7 +110,7 @@ def test_a_plan_that_does_not_fit_says_what_would_help(stand_in, planned, gib, w
 def test_the_reference_counts_while_it_is_on_the_devices(planned, make_setup, overrides, groups):
     config = planned("mesh.fsdp=1", "mesh.tensor=1", *overrides)
     setup = make_setup(config, jax.devices()[:1])
-    held = {name: setup.beside(name) for name in ("rollout", "grade", "logprob", "update")}
+    held = {name: setup.resident_weights(name) for name in ("rollout", "grade", "logprob", "update")}
     assert {name for name, weights in held.items() if weights} == groups
     assert all(weights == (setup.learnt,) for weights in held.values() if weights)
 
@@ -189,7 +189,9 @@ def test_a_plan_holds_what_training_holds(planned, make_setup, rank):
 
     assert facts((setup.learnt, setup.opt_state)) == facts(tuple(state))
     assert facts(setup.params) == facts(everything) == facts(beside)
-    assert bytes_here(setup.beside("update")) == sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert bytes_here(setup.resident_weights("update")) == sum(
+        x.nbytes for x in jax.tree.leaves(state.params)
+    )
 
 
 def test_adapters_alone_are_updated(stand_in, planned, make_setup):
