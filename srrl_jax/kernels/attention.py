@@ -20,7 +20,7 @@ BLOCK = 256  # queries whose scores exist at one time
 NEVER = -1e30  # finite, so that a padded query (nothing to attend to) yields no NaN
 
 
-def near(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
+def within_window(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Array:
     """bool [..., T, S], true where a key lies fewer than `window` positions behind the query.
 
     Args:

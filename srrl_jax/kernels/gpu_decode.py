@@ -35,7 +35,7 @@ class NewToken(NamedTuple):
     k_norm: jax.Array | None
 
 
-class Places(NamedTuple):
+class SlotTable(NamedTuple):
     """What a token's attention reads and where, alike in all layers; see `PrefixCache` and `BranchCache`.
 
     Shapes: `cos`, `sin` float32 [S, D / 2]; `prefix_lengths` int32 [N]; `first`, `ends` int32 [N, B]; `slots`
@@ -60,7 +60,7 @@ def computes(head_dim: int, slides: bool, group: int) -> bool:
     return gpu_prefill.computes(head_dim, slides) and group & (group - 1) == 0
 
 
-def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):
+def attend(new: NewToken, own, prefix, shared, places: SlotTable, *, eps: float):
     """Attention of one new token of each slot over what all prefixes begin with, its prefix and its own.
 
     On a CPU the kernels are interpreted, for tests.
@@ -85,7 +85,7 @@ def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):
             cut,
             cut,
             P(None, heads),
-            Places(*[row] * 8, P()),
+            SlotTable(*[row] * 8, P()),
         ),
         out_specs=(cut, cut),
         check_vma=False,
@@ -93,7 +93,7 @@ def attend(new: NewToken, own, prefix, shared, places: Places, *, eps: float):
     return run(new, own, prefix, shared, places)
 
 
-def _attend(new: NewToken, own, prefix, shared, places: Places, eps: float):
+def _attend(new: NewToken, own, prefix, shared, places: SlotTable, eps: float):
     (s, heads, g, d), (n, _, size, _) = new.heads.shape, prefix[1].shape
     fan_out, g = places.slots.size // n, g - 2
     rows = min(max(_ROWS[0], pl.next_power_of_2(fan_out * g)), _ROWS[1])
@@ -104,7 +104,7 @@ def _attend(new: NewToken, own, prefix, shared, places: Places, eps: float):
 
     part = jax.ShapeDtypeStruct((n, heads, splits, tiles * rows), jnp.float32)
     parts = pl.pallas_call(
-        functools.partial(_meet_prefix, rows=rows, splits=splits, **sizes),
+        functools.partial(_attend_prefix, rows=rows, splits=splits, **sizes),
         grid=(tiles * splits, heads, n),
         out_shape=(part, part, jax.ShapeDtypeStruct((*part.shape, d), jnp.float32)),
         name="attend_prefix",
@@ -112,7 +112,7 @@ def _attend(new: NewToken, own, prefix, shared, places: Places, eps: float):
     )(new, places._replace(slots=places.slots.reshape(-1)), prefix, shared)
     cells = places.cells.reshape(-1)
     return pl.pallas_call(
-        functools.partial(_meet_own, **sizes),
+        functools.partial(_attend_own, **sizes),
         grid=(heads, s),
         out_shape=(
             jax.ShapeDtypeStruct((s, heads, g, d), new.heads.dtype),
@@ -140,7 +140,7 @@ def _rotated(x_ref: Any, norm_ref: Any, at: tuple, cos, sin, eps: float) -> tupl
     return first * cos - second * sin, second * cos + first * sin
 
 
-def _queries(new: NewToken, places: Places, slots, head, group, eps: float) -> list:
+def _queries(new: NewToken, places: SlotTable, slots, head, group, eps: float) -> list:
     """Scaled, both halves [len(slots), D / 2]."""
     half = new.heads.shape[-1] // 2
     cos, sin = (x[slots, pl.ds(0, half)] for x in (places.cos, places.sin))
@@ -148,7 +148,7 @@ def _queries(new: NewToken, places: Places, slots, head, group, eps: float) -> l
     return [x * scale for x in _rotated(new.heads, new.q_norm, (slots, head, group), cos, sin, eps)]
 
 
-def _meet(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
+def _attend_block(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
     """Softmax statistics (maximum, sum, weighted values) with `KEYS` more keys: those from `start` on of the
     sequence and head `of`, where `mask` bool [queries or 1, KEYS], if any. What it hides is read all the
     same: a masked load would be one of single numbers."""
@@ -160,7 +160,7 @@ def _meet(q, k_ref, v_ref, of: tuple, start, mask, state: tuple) -> tuple:
     return gpu_prefill.add_keys(state, scores, mask, v_ref[(*of, columns, slice(None))], dtype)
 
 
-def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, eps):
+def _attend_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, eps):
     """A part of a prefix, and before the first what all prefixes begin with, with a tile of its branches'
     queries."""
     tile, split = pl.program_id(0) // splits, pl.program_id(0) % splits
@@ -174,28 +174,28 @@ def _meet_prefix(new, places, prefix, shared, *parts, rows, splits, g, fan_out, 
     place = jnp.arange(KEYS)
     if shared:
 
-        def meet_shared(i, state):
-            return _meet(q, *shared, (jnp.int32(0), head), i * KEYS, None, state)
+        def attend_shared(i, state):
+            return _attend_block(q, *shared, (jnp.int32(0), head), i * KEYS, None, state)
 
         size = jnp.int32(shared[1].shape[2] // KEYS)
         blocks = jnp.where(used & (split == 0), size, jnp.int32(0))
-        state = jax.lax.fori_loop(jnp.int32(0), blocks, meet_shared, state)
+        state = jax.lax.fori_loop(jnp.int32(0), blocks, attend_shared, state)
     length, first, ends = places.prefix_lengths[n], places.first[n, branch], places.ends[n, branch]
     blocks = jnp.where(used, (jnp.maximum(length, ends.max()) + KEYS - 1) // KEYS, 0)
     each = (blocks + splits - 1) // splits
 
-    def meet(i, state):
+    def attend_block(i, state):
         key = (i * KEYS + place)[None]
         mask = (key < length) | ((first[:, None] <= key) & (key < ends[:, None]))
-        return _meet(q, *prefix, (n, head), i * KEYS, mask, state)
+        return _attend_block(q, *prefix, (n, head), i * KEYS, mask, state)
 
-    state = jax.lax.fori_loop(split * each, jnp.minimum(blocks, split * each + each), meet, state)
+    state = jax.lax.fori_loop(split * each, jnp.minimum(blocks, split * each + each), attend_block, state)
     here = pl.ds(tile * rows, rows)
     for ref, x in zip(parts, state, strict=True):
         ref[(n, head, split, here) + (slice(None),) * (x.ndim - 1)] = x
 
 
-def _meet_own(own, new, places, parts, out_ref, own_ref, *, g, fan_out, eps):
+def _attend_own(own, new, places, parts, out_ref, own_ref, *, g, fan_out, eps):
     """A slot's own tokens, after what was found of its prefix; then the new token itself."""
     head, slot = pl.program_id(0), pl.program_id(1)
     (tops, totals, sums), size, half = parts, own[1].shape[2], new.heads.shape[-1] // 2
@@ -216,12 +216,12 @@ def _meet_own(own, new, places, parts, out_ref, own_ref, *, g, fan_out, eps):
     oldest = (column - length + size) % size
     blocks = jnp.minimum((oldest % KEYS + length + KEYS - 1) // KEYS, size // KEYS)
 
-    def meet(i, state):
+    def attend_block(i, state):
         start = (oldest // KEYS + i) % (size // KEYS) * KEYS
         age = (column - start - place + size) % size
-        return _meet(q, *own, (slot, head), start, ((age > 0) & (age <= length))[None], state)
+        return _attend_block(q, *own, (slot, head), start, ((age > 0) & (age <= length))[None], state)
 
-    top, total, values = jax.lax.fori_loop(0, blocks, meet, (top, total, values))
+    top, total, values = jax.lax.fori_loop(0, blocks, attend_block, (top, total, values))
 
     cos, sin = (x[slot, pl.ds(0, half)] for x in (places.cos, places.sin))
     keys = _rotated(new.heads, new.k_norm, (slot, head, g), cos, sin, eps)

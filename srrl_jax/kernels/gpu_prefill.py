@@ -82,28 +82,28 @@ def _attend(q_ref, k_ref, v_ref, shared, begins_ref, ends_ref, starts_ref, out_r
     begins, ends, starts = (x[g, here] for x in (begins_ref, ends_ref, starts_ref))
     place = i * QUERIES + jnp.arange(QUERIES)
 
-    def meet(k_ref, v_ref, row, j, mask, state):
+    def attend_block(k_ref, v_ref, row, j, mask, state):
         keys = pl.ds(j * KEYS, KEYS)
         scores = plgpu.dot(q, k_ref[row, keys, kv, :].T, precision=precision_of(q.dtype))
         return add_keys(state, scores, mask, v_ref[row, keys, kv, :], q.dtype)
 
-    def meet_own(j, state):
+    def attend_own(j, state):
         key = (j * KEYS + jnp.arange(KEYS))[None]
         mask = (begins[:, None] <= key) & (key < ends[:, None])
         mask |= (starts[:, None] <= key) & (key <= place[:, None])
-        return meet(k_ref, v_ref, g, j, mask, state)
+        return attend_block(k_ref, v_ref, g, j, mask, state)
 
     state = no_keys(QUERIES, size)
     if shared:
 
-        def meet_shared(j, state):
-            return meet(*shared, jnp.int32(0), j, None, state)
+        def attend_shared(j, state):
+            return attend_block(*shared, jnp.int32(0), j, None, state)
 
         blocks = jnp.int32(shared[0].shape[1] // KEYS)
-        state = jax.lax.fori_loop(jnp.int32(0), blocks, meet_shared, state)
+        state = jax.lax.fori_loop(jnp.int32(0), blocks, attend_shared, state)
     own = starts.min() // KEYS
     prefix = jnp.minimum((ends.max() + KEYS - 1) // KEYS, own)
-    state = jax.lax.fori_loop(begins.min() // KEYS, prefix, meet_own, state)
+    state = jax.lax.fori_loop(begins.min() // KEYS, prefix, attend_own, state)
     end = jnp.int32(QUERIES // KEYS) * (i + 1)
-    _, total, values = jax.lax.fori_loop(own, end, meet_own, state)
+    _, total, values = jax.lax.fori_loop(own, end, attend_own, state)
     out_ref[g, here, head, :] = (values / total[:, None]).astype(out_ref.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from srrl_jax.kernels import gpu_prefill
-from srrl_jax.kernels.attention import NEVER, attend_part, merge_parts, near
+from srrl_jax.kernels.attention import NEVER, attend_part, merge_parts, within_window
 from srrl_jax.parallel import mesh_axes, platform
 
 _BLOCKS = {"cpu": 64, "gpu": gpu_prefill.QUERIES, "tpu": 512}  # smaller ones were no faster on a CPU
@@ -112,27 +112,33 @@ def _attend(q, k, v, shared: tuple, pack: Pack, window) -> jax.Array:
         def met(mask):  # [G, Q, S] -> [G, 1, H / K * Q, S]
             return jnp.tile(mask, (1, h // heads, 1))[:, None]
 
-        def meet(j, part):
+        def attend_block(j, part):
             key = j * size + jnp.arange(size)
             mask = (begins[..., None] <= key) & (key < ends[..., None])
             mask |= (starts[..., None] <= key) & (key <= place[:, None])
             if window is not None:
-                mask &= near(positions, here(pack.positions, i=j), window)
+                mask &= within_window(positions, here(pack.positions, i=j), window)
             more = attend_part(queries, here(k, 2, j).mT, here(v, 2, j), met(mask))
             return merge_parts([part, more])
 
         if shared:  # which all rows meet as one
             flat = queries.swapaxes(0, 1).reshape(1, heads, -1, d)
             seen = jnp.arange(shared_k.shape[2])[None]
-            mask = jnp.ones((g, size, seen.size), bool) if window is None else near(positions, seen, window)
+            mask = (
+                jnp.ones((g, size, seen.size), bool)
+                if window is None
+                else within_window(positions, seen, window)
+            )
             part = attend_part(flat, shared_k.mT, shared_v, met(mask).reshape(1, 1, -1, seen.size))
             part = [x.reshape(heads, g, -1, x.shape[-1]).swapaxes(0, 1) for x in part]
         else:
             one = jnp.zeros((*queries.shape[:3], 1), jnp.float32)
             part = [one + NEVER, one, jnp.zeros(queries.shape, jnp.float32)]
         own = starts.min() // size
-        part = jax.lax.fori_loop(begins.min() // size, jnp.minimum(-(-ends.max() // size), own), meet, part)
-        _, total, values = jax.lax.fori_loop(own, i + 1, meet, part)
+        part = jax.lax.fori_loop(
+            begins.min() // size, jnp.minimum(-(-ends.max() // size), own), attend_block, part
+        )
+        _, total, values = jax.lax.fori_loop(own, i + 1, attend_block, part)
         return (values / total).astype(q.dtype).reshape(g, heads, h // heads, size, d)
 
     done = jax.lax.map(block, jnp.arange(t // size))  # [blocks, G, K, H / K, size, D]

@@ -19,7 +19,7 @@ from flax import nnx
 
 from srrl_jax.errors import InputError
 from srrl_jax.kernels import gpu_prefill
-from srrl_jax.kernels.attention import attend_causal, choose_kernel, near
+from srrl_jax.kernels.attention import attend_causal, choose_kernel, within_window
 from srrl_jax.kernels.packed import Pack, attend_packed
 from srrl_jax.kernels.segment import Segment
 from srrl_jax.models.config import Qwen3Config
@@ -36,7 +36,7 @@ _SAVED = {
 
 # What attention does with q [N, B, T, H, D] and k, v [N, B, T, K, D]: the caller's, who has the context.
 # Returns [N, B, T, H * D], and whatever the caller keeps of the layer.
-Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+AttendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -50,8 +50,8 @@ class Attention(nnx.Module):
         self.q_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
         self.k_norm = Scale(stack, c.head_dim, None, c.rms_norm_eps) if c.qk_norm else None
 
-    def __call__(self, x, cos, sin, look: Look):
-        """x [N, B, T, hidden] -> the same shape, and what `look` keeps."""
+    def __call__(self, x, cos, sin, attend: AttendFn):
+        """x [N, B, T, hidden] -> the same shape, and what `attend` keeps."""
         if self.k_proj is None:
             heads = self.grouped_heads(x)
             q = heads[..., :-2, :].reshape(*x.shape[:-1], -1, self.head_dim)
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
             q, keys_values = self._heads(self.q_proj(x)), self.keys_values(x, cos, sin)
         if self.q_norm is not None:
             q = self.q_norm(q)
-        y, kept = look(rotate(q, cos, sin), *keys_values)
+        y, kept = attend(rotate(q, cos, sin), *keys_values)
         return self.o_proj(y), kept
 
     def join(self) -> None:
@@ -102,9 +102,9 @@ class Layer(nnx.Module):
         parts = [self.self_attn] if isinstance(self.mlp, MoE) else [self.self_attn, self.mlp]
         return {name: x for part in parts for name, x in vars(part).items() if isinstance(x, Linear)}
 
-    def __call__(self, x, mask, cos, sin, look: Look):
-        """The new x, what `look` keeps, and the load of the experts (None in a dense layer)."""
-        y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, look)
+    def __call__(self, x, mask, cos, sin, attend: AttendFn):
+        """The new x, what `attend` keeps, and the load of the experts (None in a dense layer)."""
+        y, kept = self.self_attn(_gathered(self.input_layernorm(x)), cos, sin, attend)
         x, load = self.after_attention(x, y, mask)
         return x, kept, load
 
@@ -210,17 +210,17 @@ class Qwen3(nnx.Module):
             steps = jnp.arange(tokens.shape[-1])
             own_mask = own_mask & (steps[:, None] >= steps[None, :])
 
-        def look(q, k, v, keys_values, window):
+        def attend(q, k, v, keys_values, window):
             k, v = (y.transpose(0, 3, 1, 2, 4) for y in (k, v))
             segments = [s._replace(k=k, v=v) for (k, v), s in zip(keys_values, context, strict=True)]
             allowed = own_mask
             if window is not None:
-                see = partial(near, positions, window=window)
+                see = partial(within_window, positions, window=window)
                 segments = [s._replace(mask=s.mask & see(s.positions)) for s in segments]
                 allowed = allowed & see(positions)
             return attend_causal(q, segments, Segment(k, v, allowed), kernel=kernel), (k, v)
 
-        return self._run(tokens, positions, mask, [(s.k, s.v) for s in context], look, remat=remat)
+        return self._run(tokens, positions, mask, [(s.k, s.v) for s in context], attend, remat=remat)
 
     def prefill(self, pack: Pack, shared: tuple = (), states: bool = False):
         """Runs packed rows, forward alone.
@@ -235,7 +235,7 @@ class Qwen3(nnx.Module):
         c = self.config
         by_kernel = self.attention != "xla" and gpu_prefill.computes(c.head_dim, c.windows is not None)
 
-        def look(q, k, v, keys_values, window):
+        def attend(q, k, v, keys_values, window):
             k, v = k[:, 0], v[:, 0]
             y = attend_packed(q[:, 0], k, v, keys_values, pack, window, by_kernel)
             return y[:, None], (k, v)
@@ -248,17 +248,17 @@ class Qwen3(nnx.Module):
 
         tokens, positions = pack.tokens[:, None], pack.positions[:, None]
         at_last = None if states else keys_values_alone
-        x, kv, _ = self._run(tokens, positions, positions >= 0, shared, look, at_last)
+        x, kv, _ = self._run(tokens, positions, positions >= 0, shared, attend, at_last)
         return x[:, 0] if states else None, kv
 
     def _run(
-        self, tokens, positions, mask, context, look, at_last=None, remat: str = "none"
+        self, tokens, positions, mask, context, attend, at_last=None, remat: str = "none"
     ) -> tuple[Any, Any, Any]:
         """All layers.
 
         Args:
-          context: a tree of arrays [layers, ...], of which `look` gets those of its layer.
-          look: attention, with the context and the window of the layer.
+          context: a tree of arrays [layers, ...], of which `attend` gets those of its layer.
+          attend: attention, with the context and the window of the layer.
           at_last: all that is wanted of the last layer; there are no hidden states then.
         """
         c = self.config
@@ -276,7 +276,9 @@ class Qwen3(nnx.Module):
                 layer = nnx.merge(graphdef, weights)
 
                 def whole(x):
-                    x, kv, load = layer(x, mask, cos, sin, partial(look, keys_values=of_layer, window=window))
+                    x, kv, load = layer(
+                        x, mask, cos, sin, partial(attend, keys_values=of_layer, window=window)
+                    )
                     return constrain(x, *_CUT), kv, load
 
                 def in_part(x):

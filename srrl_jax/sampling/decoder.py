@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
         cos, sin = rope(branches.positions[:, None, None], c.head_dim, c.rope_theta, c.rope_scaling)
         start = shared.v[0].shape[-2] if shared.v else 0
         by_kernel = not isinstance(branches.kv.k[0], Int8) and _by_kernels(c)
-        places = gpu_decode.Places(
+        places = gpu_decode.SlotTable(
             cos[:, 0, 0],
             sin[:, 0, 0],
             prefixes.lengths,
@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
                 own_mask = in_branch & (age < window)
             written = []
 
-            def look(q, k, v):
+            def attend(q, k, v):
                 new_k = _write(own.k, k[:, 0, 0, :, :, None], (*index, 0, 0, 0, column))
                 new_v = _write(own.v, v[:, 0, 0, :, None, :], (*index, 0, 0, column, 0))
                 written.append(KeysValues(new_k, new_v))
@@ -212,7 +212,7 @@ class Decoder(nnx.Module):
                 _, total, values = merge_parts(parts)
                 return (values / total).astype(q.dtype).reshape(len(q), 1, 1, -1), None
 
-            x, _, _ = layer(x, alive[:, None, None], cos, sin, look)
+            x, _, _ = layer(x, alive[:, None, None], cos, sin, attend)
             return x, written[0]
 
         @jax.jit  # so that equal layers are lowered once
@@ -302,8 +302,8 @@ def _attend_blocks(q, k: Cache, v: Cache, mask, blocks) -> list[jax.Array]:
         start = (first + i) % (size // KEY_BLOCK) * KEY_BLOCK
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, axis), x)
 
-    def meet(i, done):
+    def attend_block(i, done):
         return merge_parts([done, attend_part(q, block(k, i, -1), block(v, i, -2), block(mask, i, -1))])
 
     nothing = (jnp.full((*q.shape[:3], 1), NEVER), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape))
-    return jax.lax.fori_loop(0, count, meet, [x.astype(jnp.float32) for x in nothing])
+    return jax.lax.fori_loop(0, count, attend_block, [x.astype(jnp.float32) for x in nothing])

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from srrl_jax.errors import InputError
 from srrl_jax.kernels import attention, fused
-from srrl_jax.kernels.attention import attend, check_kernel, choose_kernel, near
+from srrl_jax.kernels.attention import attend, check_kernel, choose_kernel, within_window
 from srrl_jax.kernels.segment import Segment
 from srrl_jax.models import Qwen3, Qwen3Config, TreeBatch, branch_logprobs
 from srrl_jax.parallel import MeshConfig, make_mesh, shardings
@@ -46,7 +46,7 @@ def tree(b, t, contexts, window=None):
         starts = np.cumsum([0, *[size for _, size in contexts]])
         at = positions(b, t) + starts[-1]
         segments = [
-            s._replace(mask=s.mask & near(at, positions(s.k.shape[2], s.k.shape[3]) + start, window))
+            s._replace(mask=s.mask & within_window(at, positions(s.k.shape[2], s.k.shape[3]) + start, window))
             for s, start in zip(segments, starts, strict=True)
         ]
     return q, segments, real
