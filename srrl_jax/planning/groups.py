@@ -17,13 +17,13 @@ _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
 def share_outside(kind: str, groups: Groups, ici_group_size: int) -> float:
-    """Of what a device sends in a collective, the part that leaves its group of devices connected by ICI or NVLink.
+    """Share of the bytes that a device sends in a collective which leaves its ICI or NVLink group.
 
-    A ring through all groups of connected devices crosses each border once, and as many rings run side by side as a group has
-    members on a group of connected devices: each of them sends only its part across. Of all-to-all it is what is for others.
+    A ring through all such groups crosses each border once, and as many rings run side by side as the
+    collective has members in a group: each sends only its part across. Of all-to-all it is what others get.
 
     Args:
-      ici_group_size: devices in a row that are on one, such as a slice.
+      ici_group_size: number of consecutive devices that are connected, such as those of a slice.
     """
     shares = [0.0]
     for group in groups:

@@ -31,8 +31,9 @@ class KeysValues(NamedTuple):
 
 
 class PrefixCache(NamedTuple):
-    """Rows whose branches run, each a prefix and then what its branches are given: N rows with B cells each,
-    over R shards of the mesh.
+    """Caches of N rows, over R shards of the mesh: each holds a prefix and then what its branches are given.
+
+    Each row has B cells; a cell is a (row, branch) pair.
 
     Shapes: `kv` of N sequences; `lengths` int32 [N], of the prefixes; `first`, `ends` int32 [N, B], from
     where to before where a row holds what the branch of a cell is given; `slots` int32 [R, N / R * B], which
@@ -62,18 +63,21 @@ class BranchCache(NamedTuple):
     end: jax.Array
 
 
-def pick(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of `x` [A, ...] by an index [R, C] into each of its R equal parts -> [R * C, ...].
+def gather_per_shard(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Gathers rows of `x` [A, ...] within each of R mesh shards by `index` int32 [R, C] -> [R * C, ...].
 
-    Parts are shards of the mesh, so that nothing travels between devices.
+    No data crosses devices.
     """
     shards, count = index.shape
     parts = x.reshape(shards, -1, *x.shape[1:])
     return jax.vmap(lambda part, i: part[i])(parts, index).reshape(shards * count, *x.shape[1:])
 
 
-def layers_lie_apart() -> bool:
-    """On CPUs and GPUs: XLA would copy each layer's slice of stacked weights and caches at each token."""
+def layers_are_unstacked() -> bool:
+    """Whether each layer has arrays of its own, as on CPUs and GPUs.
+
+    There a `lax.scan` over stacked layers would copy each layer's weights and cache at each token.
+    """
     return platform() != "tpu"
 
 
@@ -83,7 +87,7 @@ def stacks_of(has_experts: Sequence[bool]) -> list[tuple[bool, slice, slice]]:
     Where layers lie apart each is compiled for itself; elsewhere equal layers in a row are scanned over.
     """
     runs = list(layer_runs(has_experts))
-    if not layers_lie_apart():
+    if not layers_are_unstacked():
         return runs
     return [
         (experts, slice(i, i + 1), slice(j, j + 1))
@@ -117,7 +121,7 @@ class Decoder(nnx.Module):
             def take(variable):
                 value = cast(variable[...])
                 if layers is not None:
-                    value = value[layers.start] if self.apart else take_layers(value, layers)
+                    value = value[layers.start] if self.unstacked else take_layers(value, layers)
                 taken = variable.replace(value)
                 taken.set_metadata(axes=variable.get_metadata()["axes"][-value.ndim :])
                 return taken
@@ -126,7 +130,7 @@ class Decoder(nnx.Module):
             is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
             return nnx.merge(graphdef, jax.tree.map(take, state, is_leaf=is_leaf))
 
-        self.config, self.dtype, self.apart = model.config, model.dtype, layers_lie_apart()
+        self.config, self.dtype, self.unstacked = model.config, model.dtype, layers_are_unstacked()
         self.embed_tokens, self.norm = part(model.embed_tokens), part(model.norm)
         self.lm_head = None if model.lm_head is None else part(model.lm_head)
         self.stacks = nnx.List(
@@ -175,7 +179,8 @@ class Decoder(nnx.Module):
         )
 
         n, p = prefixes.lengths.size, prefixes.kv.v[0].shape[-2]
-        at = pick(branches.positions, prefixes.slots).reshape(n, -1)  # of the query in each cell [N, B]
+        # Positions of the query in each cell [N, B].
+        at = gather_per_shard(branches.positions, prefixes.slots).reshape(n, -1)
         place, lengths, first = jnp.arange(p), prefixes.lengths[:, None, None], prefixes.first[..., None]
         in_row = (place < lengths) | ((first <= place) & (place < prefixes.ends[..., None]))  # [N, B, P]
         width = branches.kv.v[0].shape[-2]
@@ -188,7 +193,7 @@ class Decoder(nnx.Module):
         begin = oldest // KEY_BLOCK
         own_blocks = begin, jnp.minimum(branches.end // KEY_BLOCK - begin + 1, width // KEY_BLOCK)
 
-        def run(layer, x, own: KeysValues, prefix: tuple, trunk: tuple, window, index=()):
+        def run(layer, x, own: KeysValues, prefix: tuple, shared_kv: tuple, window, index=()):
             """One layer; `own` of its whole stack, at `index` (of its own, without)."""
             shared_mask, row_mask, own_mask = jnp.ones((1, tokens.size, start), bool), in_row, in_branch
             if window is not None:
@@ -205,10 +210,10 @@ class Decoder(nnx.Module):
                 here = jax.tree.map(lambda x: x[index] if index else x, written[0])
                 q = (q * jnp.asarray(c.head_dim**-0.5, q.dtype)).reshape(len(q), k.shape[3], -1, c.head_dim)
                 parts = [_attend_blocks(q, *here, own_mask[:, None, None], own_blocks)]
-                met = _attend_prefixes(pick(q, prefixes.slots), *prefix, row_mask, row_blocks)
-                parts.append([pick(x, branches.cells) for x in met])
+                met = _attend_prefixes(gather_per_shard(q, prefixes.slots), *prefix, row_mask, row_blocks)
+                parts.append([gather_per_shard(x, branches.cells) for x in met])
                 if start:
-                    parts.append(_attend_prefixes(q, *trunk, shared_mask, (0, -(-start // KEY_BLOCK))))
+                    parts.append(_attend_prefixes(q, *shared_kv, shared_mask, (0, -(-start // KEY_BLOCK))))
                 _, total, values = merge_parts(parts)
                 return (values / total).astype(q.dtype).reshape(len(q), 1, 1, -1), None
 
@@ -216,25 +221,25 @@ class Decoder(nnx.Module):
             return x, written[0]
 
         @jax.jit  # so that equal layers are lowered once
-        def run_on_gpu(layer, x, own: KeysValues, prefix: tuple, trunk: tuple):
+        def run_on_gpu(layer, x, own: KeysValues, prefix: tuple, shared_kv: tuple):
             layer = nnx.merge(*layer)
             attention = layer.self_attn
             heads = attention.grouped_heads(layer.input_layernorm(x))[:, 0, 0]
             norms = (norm and norm.weight[...] for norm in (attention.q_norm, attention.k_norm))
             new = gpu_decode.NewToken(heads, *norms)
-            y, own = gpu_decode.attend(new, tuple(own), prefix, trunk, places, eps=c.rms_norm_eps)
+            y, own = gpu_decode.attend(new, tuple(own), prefix, shared_kv, places, eps=c.rms_norm_eps)
             y = attention.o_proj(y.reshape(*x.shape[:3], -1))
             return layer.after_attention(x, y, alive[:, None, None])[0], KeysValues(*own)
 
         windows, caches = None if c.windows is None else np.asarray(c.windows), []
         for i, (_, _, of_all) in enumerate(stacks_of(c.has_experts)):
             own, prefix = (KeysValues(kv.k[i], kv.v[i]) for kv in (branches.kv, prefixes.kv))
-            trunk = (shared.k[i], shared.v[i]) if start else ()
+            shared_kv = (shared.k[i], shared.v[i]) if start else ()
             window = None if windows is None else windows[of_all]
             if by_kernel:
-                x, own = run_on_gpu(nnx.split(self.stacks[i]), x, own, tuple(prefix), trunk)
-            elif self.apart:
-                x, own = run(self.stacks[i], x, own, prefix, trunk, None if window is None else window[0])
+                x, own = run_on_gpu(nnx.split(self.stacks[i]), x, own, tuple(prefix), shared_kv)
+            elif self.unstacked:
+                x, own = run(self.stacks[i], x, own, prefix, shared_kv, None if window is None else window[0])
             else:
                 graphdef, weights = nnx.split(self.stacks[i])
 
@@ -244,7 +249,7 @@ class Decoder(nnx.Module):
                     return run(nnx.merge(graphdef, weights), x, own, *others, (index,)), None
 
                 indices = jnp.arange(of_all.stop - of_all.start)
-                (x, own), _ = jax.lax.scan(body, (x, own), (weights, prefix, trunk, window, indices))
+                (x, own), _ = jax.lax.scan(body, (x, own), (weights, prefix, shared_kv, window, indices))
             caches.append(own)
         branches = branches._replace(
             kv=KeysValues(*map(tuple, zip(*caches, strict=True))),
@@ -258,8 +263,8 @@ class Decoder(nnx.Module):
     logits = Qwen3.logits
 
 
-def stored(new: jax.Array, cache: Cache, axis: int) -> Cache:
-    """Keys [..., D, T] or values [..., T, D] in the form in which `cache` keeps its own; `axis` is of D."""
+def to_cache_format(new: jax.Array, cache: Cache, axis: int) -> Cache:
+    """New keys [..., D, T] or values [..., T, D] in the dtype of `cache`, quantized over `axis`: D's."""
     return quantize(new, axis=axis) if isinstance(cache, Int8) else new.astype(cache.dtype)
 
 
@@ -272,7 +277,7 @@ def _write(cache: Cache, new: jax.Array, at: tuple) -> Cache:
         return constrain(written, *[None] * (old.ndim - 4), "batch", "kv_heads", None, None)
 
     axis = -2 if new.shape[-1] == 1 else -1
-    return jax.tree.map(one, cache, stored(new, cache, axis))
+    return jax.tree.map(one, cache, to_cache_format(new, cache, axis))
 
 
 def _attend_prefixes(q: jax.Array, k: Cache, v: Cache, mask: jax.Array, blocks) -> list[jax.Array]:

@@ -25,8 +25,8 @@ from srrl_jax.sampling.decoder import (
     Decoder,
     KeysValues,
     PrefixCache,
-    layers_lie_apart,
-    pick,
+    gather_per_shard,
+    layers_are_unstacked,
     stacks_of,
 )
 from srrl_jax.sampling.shapes import Shapes
@@ -38,13 +38,13 @@ _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_thresho
 ANY_KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-def look_every() -> int:
-    """Tokens between two looks at whether any slot is alive: a GPU's host would have to wait for each."""
+def steps_per_sync() -> int:
+    """Decode steps between two checks of whether any slot is alive; a GPU waits for its host at each."""
     return 8 if platform() == "gpu" else 1
 
 
 class DecodeState(NamedTuple):
-    """What the engine has on the device between two programs.
+    """State of decoding on the device: caches of prefixes and branches, and of each slot what comes next.
 
     Of each of the S slots: `keys` random keys; `drawn` int32, tokens drawn so far; `last` int32, the newest
     token, not yet in the cache; `alive` bool, false in a slot that is free or has finished.
@@ -68,7 +68,7 @@ class Sampled(NamedTuple):
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are drawn and when a branch ends, traced: a change does not compile again.
+    """Sampling parameters and stop conditions, as traced arrays, so that a change does not recompile.
 
     `stop_ids` int32 [any], each of which ends a branch; `limit` int32, its most tokens; for the rest see
     `choose`.
@@ -103,7 +103,7 @@ class Arrivals(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Where arrivals go, by shard of the mesh; -1 leaves what is there.
+    """Which cache rows and slots the newly prefilled rows and branches take; -1 keeps the old content.
 
     `places` int32 [R, n]: of each arrived row, in the cache of its shard. `rows` int32 [R, N / R] and
     `branches` int32 [R, S / R]: the arrived row, or the cell of the arrived branch, that comes here; `slots`
@@ -172,12 +172,12 @@ def make_programs(
         _, kv = nnx.merge(graphdef, params).prefill(arrivals.pack, shared)
         return _admit(cached(kv), state, arrivals, admission, key, start)
 
-    def decode(weights, shared, state, rule, enough, width):
+    def decode(weights, shared, state, rule, exit_threshold, width):
         model, kv = nnx.merge(decoder, jax.tree.unflatten(layout, weights)), state.branches.kv
         if width == shapes.own:
-            return _decode(model, shared, state, rule, enough, chunk, top_k, truncates)
+            return _decode(model, shared, state, rule, exit_threshold, chunk, top_k, truncates)
         state = state._replace(branches=state.branches._replace(kv=_columns(kv, width)))
-        out, state = _decode(model, shared, state, rule, enough, chunk, top_k, truncates)
+        out, state = _decode(model, shared, state, rule, exit_threshold, chunk, top_k, truncates)
         back = jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice(x, y, [0] * x.ndim), kv, state.branches.kv
         )
@@ -191,7 +191,7 @@ def make_programs(
         everywhere = NamedSharding(mesh, P())
         heads = mesh_axes("kv_heads", config.num_key_value_heads) or None
         whole = NamedSharding(mesh, P(None, None, None, heads))
-        cached_whole = NamedSharding(mesh, P(*[None] * (1 if layers_lie_apart() else 2), heads))
+        cached_whole = NamedSharding(mesh, P(*[None] * (1 if layers_are_unstacked() else 2), heads))
         shared_places = (whole, whole), KeysValues(cached_whole, cached_whole)
         places = _places(jax.eval_shape(empty_caches, ANY_KEY), mesh)
     return Programs(
@@ -223,7 +223,7 @@ def _make_prepare(graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None, int8: 
 
 def _cached(config: Qwen3Config, kv: tuple[jax.Array, jax.Array], dtype: jnp.dtype, int8: bool) -> KeysValues:
     """Keys and values, each [layers, A, T, K, D], as the caches keep them, in the stacks of a `Decoder`."""
-    apart = layers_lie_apart()
+    apart = layers_are_unstacked()
 
     def stacks(x, *axes, axis):
         x = x.transpose(0, 1, *axes)
@@ -309,7 +309,7 @@ def _admit(
 
     def place(index, new, old):
         chosen = index.reshape(-1) >= 0
-        new = pick(new, jnp.maximum(index, 0))
+        new = gather_per_shard(new, jnp.maximum(index, 0))
         return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     def of_rows(new, old):
@@ -350,7 +350,7 @@ def write_rows(cache: KeysValues, new: KeysValues, arrivals: Arrivals, places: j
     if not jax.sharding.get_abstract_mesh().empty:
         heads = cache.v[0].shape[-3]
         cut = mesh_axes("batch", len(places)) or None, mesh_axes("kv_heads", heads) or None
-        caches = P(*[None] * (0 if layers_lie_apart() else 1), *cut)
+        caches = P(*[None] * (0 if layers_are_unstacked() else 1), *cut)
         one_shard = jax.shard_map(
             one_shard,
             in_specs=(caches, caches, P(cut[0]), P(cut[0]), P(cut[0])),
@@ -404,7 +404,7 @@ def _decode(
     shared: KeysValues,
     state: DecodeState,
     rule: SamplingParams,
-    enough: jax.Array,
+    exit_threshold: jax.Array,
     chunk: int,
     top_k: int,
     truncates: bool,
@@ -412,13 +412,13 @@ def _decode(
     """Draws up to `chunk` tokens in every slot that is alive.
 
     Args:
-      enough: int scalar; ends early when no more than this many slots of any shard are alive.
+      exit_threshold: int scalar; ends early when no more than this many slots of any shard are alive.
     """
     size, shards = state.alive.shape[0], state.branches.cells.shape[0]
 
     def more_to_do(loop):
         step, state, _ = loop
-        return (step < chunk) & (state.alive.reshape(shards, -1).sum(1).max() > enough)
+        return (step < chunk) & (state.alive.reshape(shards, -1).sum(1).max() > exit_threshold)
 
     def one_token(loop):
         step, state, out = loop
@@ -449,7 +449,7 @@ def _decode(
     )  # fmt: skip
 
     def some_tokens(loop):
-        return jax.lax.fori_loop(0, look_every(), lambda _, loop: one_token(loop), loop)
+        return jax.lax.fori_loop(0, steps_per_sync(), lambda _, loop: one_token(loop), loop)
 
     _, state, out = jax.lax.while_loop(more_to_do, some_tokens, (jnp.int32(0), state, nothing))
     return out, state

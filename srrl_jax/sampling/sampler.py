@@ -26,7 +26,7 @@ from srrl_jax.parallel import (
 )
 from srrl_jax.programs import Program, placed, shapes_of
 from srrl_jax.sampling.decoder import Decoder, KeysValues
-from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, look_every, make_programs
+from srrl_jax.sampling.engine import ANY_KEY, Arrivals, SamplingParams, make_programs, steps_per_sync
 from srrl_jax.sampling.scheduler import Batch, Scheduler, batches, sort_rows
 from srrl_jax.sampling.shapes import MOST_STEPS, Memory, RowLengths, default_budget, plan_shapes
 from srrl_jax.sampling.tokens import SamplingConfig
@@ -141,7 +141,8 @@ class Sampler:
         )
         structure, self.decoder = nnx.split(decoder)
         steps = min(MOST_STEPS, new_tokens)
-        self.chunk = -(-steps // look_every()) * look_every()  # most tokens that a run of decoding draws
+        # Most tokens that a call of decoding samples.
+        self.chunk = -(-steps // steps_per_sync()) * steps_per_sync()
         self.jitted = make_programs(
             graphdef,
             structure,
@@ -199,8 +200,10 @@ class Sampler:
                 state = self.jitted.enter(weights.params, shared, state, arrivals, admission, key)
             while len(widths) > 1 and end + self.chunk > widths[0]:
                 widths = widths[1:]
-            enough = self._everywhere(np.int32(scheduler.enough()))
-            out, state = self.jitted.decode(decoder, shared_cache, state, rule, enough, width=widths[0])
+            exit_threshold = self._everywhere(np.int32(scheduler.early_exit_threshold()))
+            out, state = self.jitted.decode(
+                decoder, shared_cache, state, rule, exit_threshold, width=widths[0]
+            )
             out = jax.device_get(out)
             for slot, row, b in scheduler.branches():
                 tokens, logprobs = drawn[row][b]
@@ -310,8 +313,8 @@ class Sampler:
         admission = self._shapes(Scheduler([], [], self.shapes, self.shards).admit(nothing))
         yield Program("prefill", packs, jitted.enter, (params, shared, state, arrivals, admission, key))
         rule = self.sampling_params(self.stop_ids if stop_ids is None else stop_ids)
-        rule, enough = self._shapes((rule, np.int32(0)), everywhere=True)
-        args = (tuple(jax.tree.leaves(self.decoding)), cache, state, rule, enough)
+        rule, exit_threshold = self._shapes((rule, np.int32(0)), everywhere=True)
+        args = (tuple(jax.tree.leaves(self.decoding)), cache, state, rule, exit_threshold)
         for width in self.shapes.widths:
             yield Program("decode", f"{self.shapes.slots} x {width}", jitted.decode, args, {"width": width})
 
@@ -404,8 +407,8 @@ class Sampler:
 
         for shard, rows in enumerate(batch):
             begin = 0
-            for seat, row in enumerate(rows):
-                at, prefix, given = (shard, seat), prefixes[row], branches[row]
+            for index, row in enumerate(rows):
+                at, prefix, given = (shard, index), prefixes[row], branches[row]
                 if not whole:
                     if not all(map(len, given)):
                         prefix, given = prefix[:-1], [[prefix[-1], *branch] for branch in given]

@@ -106,9 +106,11 @@ class Scheduler:
         slots = r * self.branch.shape[1] + s
         return list(zip(slots.tolist(), self.row[r, place].tolist(), number.tolist(), strict=True))
 
-    def enough(self) -> int:
-        """Branches still running in each shard at which decoding ends early: while rows wait, because a
-        quarter of the slots is free then and the next rows could have them."""
+    def early_exit_threshold(self) -> int:
+        """Number of running branches in each shard at or below which a decode call ends early.
+
+        While rows wait, that is where a quarter of the slots is free, which the next rows could have.
+        """
         if not self.waiting:
             return 0
         shards, size = self.running.shape
@@ -143,14 +145,14 @@ class Scheduler:
         rows, branches = np.full(shape, -1, np.int32), np.full(self.running.shape, -1, np.int32)
         places = np.full((shape[0], self.shapes.packed), -1, np.int32)
         for shard, entering in enumerate(batch):
-            for seat, row in enumerate(entering):
+            for index, row in enumerate(entering):
                 place = int(np.flatnonzero(self.row[shard] < 0)[0])
                 count = len(self.rows[row].branches)
                 slots = np.flatnonzero(~self.running[shard])[:count]
                 self.row[shard, place] = row
                 self.branch[shard, slots] = [(place, b) for b in range(count)]
-                rows[shard, place], places[shard, seat] = seat, place
-                branches[shard, slots] = seat * self.shapes.fan_out + np.arange(count)
+                rows[shard, place], places[shard, index] = index, place
+                branches[shard, slots] = index * self.shapes.fan_out + np.arange(count)
         grid = np.full((shape[0], shape[1] * self.shapes.fan_out), -1, np.int32)
         cells = np.maximum(self.branch[..., 0] * self.shapes.fan_out + self.branch[..., 1], 0)
         for shard, slots in enumerate(self.running):

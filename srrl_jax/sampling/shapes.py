@@ -17,10 +17,10 @@ from srrl_jax.models.config import Qwen3Config
 from srrl_jax.parallel import platform
 from srrl_jax.sampling.decoder import KEY_BLOCK
 
-# A run of a program reads all weights, whatever its size: on the chips at hand that is the time of about
-# so many tokens.
-PRICE = 256
-MOST_STEPS = 32  # of decoding between two looks of the host: the price of one look, spread
+# Every call of a program reads all weights, whatever its size. On common chips that takes as long as
+# computing about this many tokens.
+CALL_OVERHEAD_TOKENS = 256
+MOST_STEPS = 32  # decode steps of a call, after which the host sees the result; more spread its cost further
 # Most tokens of a prefill with more than one row for each device; a GPU copies all weights for each.
 _PREFILL_TOKENS = {"gpu": 16384}
 _FEWER_PREFILL_TOKENS = 8192
@@ -181,7 +181,7 @@ def plan_shapes(
 def _pack(longest: int, mean: float, running: int) -> int:
     """A quarter of the rows that run, since so many leave and enter at a time; more where a run's price would
     else outweigh its tokens, fewer where they would take much memory."""
-    tokens = min(max(running / 4 * mean, 8 * PRICE), running * mean)
+    tokens = min(max(running / 4 * mean, 8 * CALL_OVERHEAD_TOKENS), running * mean)
     most = _PREFILL_TOKENS.get(platform(), _FEWER_PREFILL_TOKENS)
     tokens = longest * max(
         1, min(math.ceil(tokens / longest), most // longest)

@@ -68,7 +68,7 @@ def test_each_branch_runs_once_where_its_prefix_lies(memory, rows, together, sha
         assert len({slot for slot, *_ in running}) == len(running) and {r[1:] for r in running} <= left
         if not running:
             break
-        assert scheduler.enough() < scheduler.running.sum(1).max()
+        assert scheduler.early_exit_threshold() < scheduler.running.sum(1).max()
         alive = scheduler.running.reshape(-1) & (random.random(planned.slots) < 0.6)
         left -= {(row, b) for slot, row, b in running if not alive[slot]}
         scheduler.finish(alive)
