@@ -209,7 +209,7 @@ class Learner:
         return nnx.merge_state(params, shapes_of(self._base))
 
     @property
-    def scores(self) -> bool:
+    def needs_logprobs(self) -> bool:
         """Whether updates need log-probabilities other than the sampler's, see `with_logprobs`."""
         return self._config.kl_coef > 0 or self._config.loss.importance_cap is not None
 
