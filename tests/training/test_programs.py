@@ -18,7 +18,7 @@ from srrl_jax.training.experience import make_actor
 from srrl_jax.training.learner import Learner, build_model
 from srrl_jax.training.tasks import load_tasks
 
-COPIES = ("relayout", "empty caches")  # which compile in well under a second
+COPIES = ("relayout", "empty caches", "weights in bfloat16")  # which compile in well under a second
 
 
 @pytest.fixture(scope="module")
