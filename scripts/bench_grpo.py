@@ -7,6 +7,7 @@ With --repeated also the update with each prompt computed once per completion, a
 """
 
 import resource
+import sys
 import time
 
 from benchlib import limit_threads, measure, report, rollout_arguments
@@ -28,6 +29,7 @@ def main() -> None:
 
     from srrl_jax.checkpoints import load_model
     from srrl_jax.losses import group_advantages
+    from srrl_jax.programs import fitting
     from srrl_jax.sampling import RowLengths, Sampler
     from srrl_jax.training import TrainConfig
     from srrl_jax.training.batch import pack_groups, split_batch
@@ -68,8 +70,9 @@ def main() -> None:
         """Seconds of the update."""
         (part,) = split_batch(batch, 1, microbatch)
         start = time.perf_counter()
-        *state[:], metrics = update(*state, part)
-        jax.block_until_ready(metrics)
+        with fitting("update", "Lower --microbatch, --group or --new, or set --remat full"):
+            *state[:], metrics = update(*state, part)
+            jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
     def experience(key, group: int, prompts: np.ndarray):
@@ -120,4 +123,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from srrl_jax.errors import InputError
+
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"bench_grpo.py: {error}")
